@@ -1,0 +1,112 @@
+"""The command line: `gac train | sample | info`."""
+
+import argparse
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gac_plugin import BETAS, LOSSES, METRICS, PENALTIES, SCORES, __version__
+from gac_plugin.errors import UsageError, exit_code
+from gac_plugin.strategy import SCHEDULES
+from gac_plugin.train import OneLineParser
+from gac_plugin.train import add_arguments as add_train_arguments
+from gac_plugin.train import run as run_train
+from gac_plugin.training.config import PRESETS
+from gac_plugin.training.files import write_grid
+from gac_plugin.training.hub import load_generator
+from gac_plugin.training.loop import generate
+from gac_plugin.training.networks import adapter_names, find_adapter
+
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+LIBRARIES = ("torch", "accelerate", "datasets", "timm", "safetensors", "huggingface_hub", "numpy", "pillow")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `gac`; returns the exit code: 0, 2 for a user's mistake, 130 for Ctrl-C."""
+    arguments = _parser().parse_args(argv)
+    return exit_code(lambda: arguments.run(arguments))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = OneLineParser(
+        prog="gac", description="Train GANs by gradient ascent along the discriminator's conjugate gradient direction."
+    )
+    parser.add_argument("--version", action="version", version=f"gac-plugin {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    train = commands.add_parser(
+        "train",
+        help="train a GAN; with no flags on the embedded digits",
+        description="Train a GAN with GAC. With no flags: real handwritten digits, embedded, in under two minutes.",
+        allow_abbrev=False,
+    )
+    add_train_arguments(train)
+    train.set_defaults(run=run_train)
+
+    sample = commands.add_parser("sample", help="write a picture of generated samples", allow_abbrev=False)
+    sample.add_argument("model", metavar="RUN_OR_MODEL", help="run folder, or folder of a saved generator")
+    sample.add_argument("--n", type=int, default=64, metavar="N", help="how many samples (default: 64)")
+    sample.add_argument("--out", default="samples.png", metavar="FILE", help="picture to write (default: samples.png)")
+    sample.add_argument("--columns", type=int, metavar="N", help="samples in a row (default: a square)")
+    sample.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the latents (default: 0)")
+    sample.set_defaults(run=_sample)
+
+    info = commands.add_parser("info", help="list losses, rules, metrics, adapters, versions, devices")
+    info.add_argument("--json", action="store_true", help="as JSON")
+    info.set_defaults(run=_info)
+    return parser
+
+
+def _sample(arguments: argparse.Namespace) -> None:
+    for name, value in (("--n", arguments.n), ("--columns", arguments.columns)):
+        if value is not None and value < 1:
+            raise UsageError(f"{name} must be at least 1, got {value}")
+    out = Path(arguments.out)
+    if out.suffix.lower() not in PICTURES:
+        raise UsageError(f"--out must end in one of {', '.join(PICTURES)}; got {arguments.out!r}")
+    generator = load_generator(arguments.model)
+    write_grid(out, generate(generator, arguments.n, arguments.seed), arguments.columns)
+    print(f"{arguments.n} samples in {out}")
+
+
+def _info(arguments: argparse.Namespace) -> None:
+    facts = {
+        "losses": _descriptions(LOSSES),
+        "scores": _descriptions(SCORES),
+        "rules": _descriptions(BETAS),
+        "metrics": _descriptions(METRICS),
+        "penalties": {name: str(penalty) for name, penalty in PENALTIES.items()},
+        "schedules": list(SCHEDULES),
+        "adapters": {name: find_adapter(name).description for name in adapter_names()},
+        "presets": PRESETS,
+        "versions": {
+            "gac-plugin": __version__,
+            "python": platform.python_version(),
+            **{library: version(library) for library in LIBRARIES},
+        },
+        "devices": _devices(),
+    }
+    if arguments.json:
+        print(json.dumps(facts, indent=2))
+        return
+    for title, content in facts.items():
+        print(title)
+        for name, text in content.items() if isinstance(content, Mapping) else ((entry, "") for entry in content):
+            print(f"  {name:<16} {text}".rstrip())
+
+
+def _descriptions(table: Mapping[str, Any]) -> dict[str, str]:
+    return {name: entry.description for name, entry in table.items()}
+
+
+def _devices() -> list[str]:
+    found = [f"cpu ({torch.get_num_threads()} threads)"]
+    found += [f"cuda:{index} {torch.cuda.get_device_name(index)}" for index in range(torch.cuda.device_count())]
+    if torch.backends.mps.is_available():
+        found.append("mps")
+    return found

@@ -1,0 +1,111 @@
+"""Cotangents: the discriminator's covectors at the samples, fresh or fused, and their pullback through the generator.
+
+With a score s of the logit l (log D, D, l, ...), the covector of sample x_i and the generator's gradient are
+
+    c_i = w_i dl/dx (x_i),  w = ds/dl            g = (1/B) sum_i J_i^T c_i,  J_i = d G(z_i) / d theta
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from gac_plugin.errors import UsageError
+from gac_plugin.losses import Loss, Objective
+from gac_plugin.protocols import Backward
+
+
+@contextmanager
+def frozen(*modules: nn.Module) -> Iterator[None]:
+    """Within the block no parameter of the modules takes part in autograd; their own flags come back afterwards."""
+    trainable = [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
+    for parameter in trainable:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+
+
+@contextmanager
+def evaluating(*modules: nn.Module) -> Iterator[None]:
+    """Within the block the modules are in evaluation mode; each submodule's own mode comes back afterwards."""
+    modes = [(part, part.training) for module in modules for part in module.modules()]
+    for module in modules:
+        module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training
+
+
+def cotangent(objective: Callable[[Tensor], Tensor], samples: Tensor) -> tuple[Tensor, Tensor]:
+    """The covector of a scalar objective at the samples: one backward pass to the inputs alone.
+
+    Args:
+        objective: samples -> a 0-dimensional tensor. A sum over samples gives the covectors c_i; a mean, c_i / B.
+        samples: shape (B, ...), floating point. The graph behind them is not entered.
+
+    Returns:
+        The covector, of the shape of `samples`, and the objective's value, 0-dimensional, detached.
+    """
+    leaf = samples.detach().requires_grad_(True)
+    with torch.enable_grad():
+        value = objective(leaf)
+    return torch.autograd.grad(value, leaf)[0], value.detach()
+
+
+def pullback(samples: Tensor, covector: Tensor, accelerator: Backward | None = None) -> None:
+    """Add J^T covector to the gradients of all parameters behind the samples: one vector-Jacobian product through G.
+
+    Args:
+        samples: G(z) with its graph, shape (B, ...).
+        covector: of the shape of `samples`.
+        accelerator: takes the backward pass, so that its gradient scaling, synchronisation and accumulation apply.
+
+    Raises:
+        UsageError: the samples have no graph.
+    """
+    if not samples.requires_grad:
+        raise UsageError(
+            "the generated samples carry no graph back to the generator; call the generator outside torch.no_grad(), "
+            "with parameters that require gradients, and do not detach what it returns"
+        )
+    if accelerator is None:
+        samples.backward(covector)
+    else:
+        accelerator.backward((samples * covector).sum())
+
+
+def logit_derivatives(loss: Loss, generator: Objective, real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Derivatives of the mean losses with respect to the logits, for the fused schedule.
+
+    Args:
+        loss: the discriminator's loss.
+        generator: what the generator minimises.
+        real, fake: logits of equal shape.
+
+    Returns:
+        v_r and v_f, derivatives of the discriminator's mean loss with respect to the real and generated logits, and w,
+        derivative of the generator's mean loss with respect to the generated logits; shapes of the logits.
+    """
+    real, fake = real.detach().requires_grad_(True), fake.detach().requires_grad_(True)
+    with torch.enable_grad():
+        v_real, v_fake = torch.autograd.grad(loss.discriminator(real, fake).mean(), (real, fake))
+        (w,) = torch.autograd.grad(generator(real, fake).mean(), fake)
+    return v_real, v_fake, w
+
+
+def keep_visible(v: Tensor) -> Tensor:
+    """Replace derivatives too small to divide by, zero among them, by the square root of the smallest normal number.
+
+    In the fused schedule one backward pass, weighted with v, serves both networks: its input gradient v_i dl/dx is
+    divided by v_i again. A sample that D's loss ignores (hinge beyond its margin, a saturated sigmoid) would be lost.
+    With this weight, 1e-19 in float32, it comes through to full precision, and what it adds to D's gradient is far
+    below rounding.
+    """
+    floor = torch.finfo(v.dtype).tiny ** 0.5
+    return torch.where(v.abs() < floor, torch.full_like(v, floor), v)

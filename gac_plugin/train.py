@@ -1,0 +1,82 @@
+"""Train a GAN with GAC: `gac train`, `python -m gac_plugin.train`, or `accelerate launch -m gac_plugin.train`."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any, NoReturn
+
+from accelerate import PartialState
+
+from gac_plugin.errors import exit_code
+from gac_plugin.training.config import PRESETS, Config, field_type, make_config
+from gac_plugin.training.loop import Result, train
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the message and exit with code 2."""
+        self.exit(2, f"gac: error: {message}; see {self.prog} --help\n")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """One flag for each field of `Config`, and where the others come from."""
+    parser.add_argument("--preset", default="default", metavar="NAME", help=f"start from: {', '.join(PRESETS)}")
+    parser.add_argument("--config", metavar="FILE", help="JSON file of settings, such as a run's config.json")
+    for item in fields(Config):
+        flag, text, kind = "--" + item.name.replace("_", "-"), item.metadata["help"], field_type(item.type)
+        options: dict[str, Any] = {"default": argparse.SUPPRESS}
+        if kind is bool:
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=text, **options)
+        else:
+            shown = "" if item.default is None else f" (default: {item.default})"
+            metavar = {int: "N", float: "X"}.get(kind, "NAME")
+            parser.add_argument(flag, type=kind, metavar=metavar, help=text.replace("%", "%%") + shown, **options)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Train by parsed arguments and print the table of results.
+
+    Raises:
+        UsageError: see `make_config` and `train`.
+    """
+    names = {item.name for item in fields(Config)}
+    flags = {name: value for name, value in vars(arguments).items() if name in names}
+    result = train(make_config(flags, arguments.preset, arguments.config))
+    if PartialState().is_main_process:
+        sys.stdout.write(summary(result))
+
+
+def summary(result: Result) -> str:
+    """The closing table: figures of merit with what is needed to judge them, speed, and where the files are."""
+    rows = []
+    if (evaluation := result.evaluation) is not None:
+        rows += [
+            ("Frechet distance", f"{evaluation.frechet:.2f}  (two halves of the real samples: {evaluation.floor:.2f})"),
+            ("precision", f"{evaluation.precision:.3f}"),
+            ("recall", f"{evaluation.recall:.3f}"),
+            ("features", evaluation.features),
+            ("samples", f"{evaluation.generated_samples:,} generated, {evaluation.real_samples:,} real"),
+        ]
+    rows += [
+        ("seconds", f"{result.seconds:.1f} of training"),
+        ("samples per second", f"{result.samples_per_second:,.0f}"),
+        ("pictures", str(result.folder / "samples")),
+        ("generator", str(result.folder / "generator")),
+    ]
+    width = max(len(name) for name, _ in rows)
+    return "\n" + "".join(f"{name:<{width}}  {value}\n" for name, value in rows)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line of `python -m gac_plugin.train`; returns the exit code."""
+    parser = OneLineParser(prog="gac train", description=__doc__, allow_abbrev=False)
+    add_arguments(parser)
+    arguments = parser.parse_args(argv)
+    return exit_code(lambda: run(arguments))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

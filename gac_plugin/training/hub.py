@@ -1,0 +1,82 @@
+"""Networks on disk: safetensors for the weights, JSON for how to build them. Nothing is unpickled."""
+
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from gac_plugin.errors import UsageError
+from gac_plugin.training.config import OUTPUT_RANGES, read_config
+from gac_plugin.training.files import write_json, write_whole
+from gac_plugin.training.networks import Recipe
+
+WEIGHTS, RECIPE = "model.safetensors", "config.json"
+
+
+def save_network(folder: Path, network: nn.Module, recipe: Recipe) -> None:
+    """Write `model.safetensors` and `config.json`.
+
+    Args:
+        folder: made if missing.
+        network: built by the recipe, on any device.
+        recipe: how to build it again.
+    """
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
+    write_whole(folder / WEIGHTS, lambda temporary: save_file(weights, temporary, metadata={"format": "pt"}))
+    write_json(folder / RECIPE, {"library_name": "gac-plugin", "adapter": recipe.adapter, **recipe.arguments})
+
+
+def load_generator(path: str | Path) -> nn.Module:
+    """The generator of a run folder, or of a folder with `model.safetensors` and `config.json`; in evaluation mode.
+
+    Raises:
+        UsageError: there is no generator, its adapter is not installed, or its weights do not fit.
+    """
+    folder = network_folder(path, "generator")
+    return _load(folder, read_recipe(folder).generator())
+
+
+def load_discriminator(path: str | Path) -> nn.Module:
+    """The discriminator of a run folder; see `load_generator`."""
+    folder = network_folder(path, "discriminator")
+    return _load(folder, read_recipe(folder).discriminator())
+
+
+def network_folder(path: str | Path, kind: str) -> Path:
+    """The folder with the weights: `path`/`kind` of a run, or `path` itself.
+
+    Raises:
+        UsageError: neither holds weights.
+    """
+    for folder in (Path(path) / kind, Path(path)):
+        if (folder / WEIGHTS).is_file():
+            return folder
+    raise UsageError(f"no {kind} in {str(path)!r}: neither it nor its folder {kind!r} holds {WEIGHTS}")
+
+
+def read_recipe(folder: Path) -> Recipe:
+    """How to build the network whose weights stand in the folder.
+
+    Raises:
+        UsageError: `config.json` cannot be read or does not name an adapter and its arguments.
+    """
+    values = read_config(folder / RECIPE)
+    arguments = {name: value for name, value in values.items() if name not in ("library_name", "adapter")}
+    if not isinstance(values.get("adapter"), str) or values.get("output") not in OUTPUT_RANGES:
+        raise UsageError(f"{folder / RECIPE} does not describe a network: it needs 'adapter' and 'output'")
+    return Recipe(values["adapter"], arguments)
+
+
+def _load(folder: Path, network: nn.Module) -> nn.Module:
+    try:
+        weights = load_file(folder / WEIGHTS)
+        network.load_state_dict(weights)
+    except (SafetensorError, RuntimeError, OSError) as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise UsageError(f"the weights in {folder / WEIGHTS} do not fit or are damaged: {reason}") from error
+    spoiled = [name for name, tensor in weights.items() if not torch.isfinite(tensor).all()]
+    if spoiled:
+        raise UsageError(f"the weights {', '.join(spoiled)} in {folder / WEIGHTS} are not finite: the run diverged")
+    return network.eval()

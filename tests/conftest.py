@@ -1,0 +1,68 @@
+"""Fixed seeds, and tiny float64 networks whose Jacobians can be written out."""
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+torch.set_num_threads(1)
+LATENT = 3
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def tiny_generator() -> Callable[..., nn.Module]:
+    """Sample shape -> a smooth network from latents (B, 3) to samples (B, *shape)."""
+
+    def build(shape: tuple[int, ...] = (4,)) -> nn.Module:
+        layers = nn.Linear(LATENT, 5), nn.Tanh(), nn.Linear(5, math.prod(shape)), nn.Unflatten(1, shape)
+        return nn.Sequential(*layers).double()
+
+    return build
+
+
+@pytest.fixture
+def tiny_discriminator() -> Callable[..., nn.Module]:
+    """Sample shape, number of logits, spread of the logits -> a smooth network to logits (B, n)."""
+
+    def build(shape: tuple[int, ...] = (4,), logits: int = 1, spread: float = 3.0) -> nn.Module:
+        last = nn.Linear(6, logits)
+        last.weight.data.mul_(spread)
+        return nn.Sequential(nn.Flatten(), nn.Linear(math.prod(shape), 6), nn.Tanh(), last).double()
+
+    return build
+
+
+@pytest.fixture
+def latents() -> Callable[[int], torch.Tensor]:
+    """Batch size -> float64 latents for the tiny generator."""
+    return lambda batch: torch.randn(batch, LATENT, dtype=torch.float64)
+
+
+class HostReads(TorchDispatchMode):
+    """Records in `seen` every operation that makes the host wait for the device, or copies between devices."""
+
+    operations = frozenset(
+        ("_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal", "_to_copy", "masked_select")
+    )
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[object] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket.__name__ in self.operations:
+            self.seen.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def host_reads() -> type[HostReads]:
+    return HostReads

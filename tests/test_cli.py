@@ -1,0 +1,151 @@
+"""The command line as a user meets it: what it prints, what it writes, and one line for every mistake."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from PIL import Image as Picture
+from safetensors.torch import load_file, save_file
+
+from gac_plugin import BETAS, LOSSES, METRICS
+from gac_plugin.cli import main
+from gac_plugin.train import main as train_main
+
+QUICK = ["--steps", "4", "--width", "8", "--evaluation-samples", "40", "--cpu"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli") / "run"
+    assert main(["train", *QUICK, "--output-dir", str(folder)]) == 0
+    return folder
+
+
+def test_training_ends_with_a_table(tmp_path, capsys):
+    assert main(["train", *QUICK, "--output-dir", str(tmp_path / "run")]) == 0
+    out, progress = capsys.readouterr()
+    assert re.search(r"Frechet distance +\d+\.\d\d +\(two halves of the real samples: \d+\.\d\d\)", out)
+    assert re.search(r"features +64 features of a classifier trained on this data set \(accuracy \d\d\.\d%", out)
+    assert re.search(r"samples +40 generated, 360 real", out)
+    for name in ("precision", "recall", "seconds", "samples per second", "generator"):
+        assert re.search(rf"^{name} +\S", out, re.MULTILINE)
+    assert re.search(r"loss D \d.*loss G \d.*D\(x\) 0\.\d+ D\(G\(z\)\) 0\.\d+", progress)
+
+
+def test_the_module_is_the_same_command(tmp_path):
+    command = [sys.executable, "-m", "gac_plugin.train", *QUICK, "--output-dir", str(tmp_path / "run"), "--rule", "pr+"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Frechet distance" in done.stdout
+    assert "beta 0." in done.stderr
+    assert (tmp_path / "run" / "generator" / "model.safetensors").is_file()
+
+
+def test_a_run_without_an_output_folder_takes_the_next_number(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for number in (1, 2):
+        assert main(["train", *QUICK]) == 0
+        assert f"runs/digits-{number}/generator" in capsys.readouterr().out
+
+
+def test_samples_are_written_as_a_picture(run, tmp_path, capsys):
+    out = tmp_path / "deep" / "grid.png"
+    assert main(["sample", str(run), "--n", "6", "--out", str(out), "--columns", "3"]) == 0
+    assert capsys.readouterr().out == f"6 samples in {out}\n"
+    with Picture.open(out) as picture:
+        assert picture.size == (3 * 52 + 4, 2 * 52 + 4)
+
+
+def test_samples_repeat_for_a_seed(run, tmp_path):
+    pictures = []
+    for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
+        assert main(["sample", str(run), "--out", str(tmp_path / f"{name}.png"), "--seed", seed]) == 0
+        pictures.append((tmp_path / f"{name}.png").read_bytes())
+    assert pictures[0] == pictures[1] != pictures[2]
+
+
+def test_info_lists_every_table(capsys):
+    assert main(["info", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert set(facts["losses"]) == set(LOSSES)
+    assert set(facts["rules"]) == set(BETAS)
+    assert set(facts["metrics"]) == set(METRICS)
+    assert {"mlp", "dcgan"} <= set(facts["adapters"])
+    assert torch.__version__.startswith(facts["versions"]["torch"])
+    assert facts["devices"][0].startswith("cpu")
+    assert main(["info"]) == 0
+    text = capsys.readouterr().out
+    assert all(name in text for name in (*LOSSES, *BETAS, *METRICS, "article", "mlp"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--loss", "bec"], r"unknown loss 'bec' \(did you mean 'bce'\?\); choose one of: bce, .*hinge"),
+        (["--lr-generator", "-0.1"], r"--lr-generator must be at least 0, got -0\.1"),
+        (["--steps", "ten"], r"argument --steps: invalid int value: 'ten'; see gac train --help"),
+        (["--speed", "9"], r"unrecognized arguments: --speed 9"),
+        (["--dataset", "./none"], r"no folder './none'"),
+        (["--column", "photo"], r"no column 'photo' in the data set; its columns: image \(Image\), label"),
+        (["--batch-size", "5000"], r"1437 images, fewer than one batch of 5000; pass a --batch-size of at most 1437"),
+        (["--adapter", "dcgan", "--depth", "4"], r"halve the image 4 times, which 8x8 does not allow"),
+        (["--preset", "paper"], r"unknown preset 'paper'"),
+        (["--config", "none.json"], r"cannot read the settings in none\.json"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+@pytest.mark.parametrize("command", [["train"], None], ids=["gac train", "python -m"])
+def test_a_mistake_is_one_line_code_2_and_leaves_nothing(tmp_path, monkeypatch, capsys, command, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    try:
+        code = train_main(arguments) if command is None else main([*command, *arguments])
+    except SystemExit as exit_:
+        code = exit_.code
+    out, err = capsys.readouterr()
+    assert code == 2
+    assert re.search(message, err)
+    assert err.startswith("gac: error: ")
+    assert err.count("\n") == 1
+    assert out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_output_folder_that_cannot_be_written_is_one_line(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert main(["train", "--output-dir", str(tmp_path / "file" / "run")]) == 2
+    assert re.fullmatch(r"gac: error: cannot write to .*: Not a directory; choose another --output-dir\n", _err(capsys))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere"], "no generator in 'nowhere'"),
+        (["RUN", "--n", "0"], "--n must be at least 1, got 0"),
+        (["RUN", "--out", "grid.txt"], r"--out must end in one of \.png.*; got 'grid\.txt'"),
+        (["RUN", "--out", "FILE/grid.png"], r"cannot write .*grid\.png: .*; choose a folder you can write to"),
+    ],
+)
+def test_a_sampling_mistake_is_one_line(run, tmp_path, capsys, arguments, message):
+    (tmp_path / "file").write_text("")
+    names = {"RUN": str(run), "FILE/grid.png": str(tmp_path / "file" / "grid.png")}
+    assert main(["sample", *(names.get(argument, argument) for argument in arguments)]) == 2
+    assert re.fullmatch(rf"gac: error: .*{message}.*\n", _err(capsys))
+
+
+def test_weights_with_nan_are_said_not_drawn(run, tmp_path, capsys):
+    file = run / "generator" / "model.safetensors"
+    weights = load_file(file)
+    spoiled = tmp_path / "model"
+    spoiled.mkdir()
+    (spoiled / "config.json").write_text((run / "generator" / "config.json").read_text())
+    save_file({name: tensor * float("nan") for name, tensor in weights.items()}, spoiled / "model.safetensors")
+    assert main(["sample", str(spoiled), "--out", str(tmp_path / "grid.png")]) == 2
+    assert "not finite" in _err(capsys)
+    assert not (tmp_path / "grid.png").exists()
+
+
+def _err(capsys) -> str:
+    return capsys.readouterr().err

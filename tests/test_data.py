@@ -1,0 +1,164 @@
+"""Data sets: the embedded digits, folders, and every way in which one can be wrong."""
+
+import re
+from importlib.resources import files
+from itertools import islice
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image as Picture
+from sklearn.datasets import load_digits
+
+from gac_plugin.errors import UsageError
+from gac_plugin.training.config import Config
+from gac_plugin.training.data import batches, dataset_path, load_images, to_pixels, to_samples
+
+
+def picture(size=(8, 6), mode="L", seed=0) -> Picture.Image:
+    """A random picture of (width, height) pixels."""
+    shape = (size[1], size[0]) if mode == "L" else (size[1], size[0], len(mode))
+    return Picture.fromarray(np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8), mode)
+
+
+def write_data_set(folder: Path, columns: dict, features: dict, split: str = "train") -> str:
+    """A data set folder in Hub layout with one split."""
+    rows = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+    rows.to_parquet(folder / "data" / f"{split}-00000-of-00001.parquet")
+    return str(folder)
+
+
+def test_the_embedded_digits_are_those_of_scikit_learn():
+    train, test = load_images(Config())
+    reference = load_digits()
+    every_fifth = np.arange(len(reference.images)) % 5 == 0
+    for images, rows in ((train, ~every_fifth), (test, every_fifth)):
+        assert images.pixels.dtype == torch.uint8
+        np.testing.assert_array_equal(np.rint(images.pixels[:, 0].double().numpy() * 16 / 255), reference.images[rows])
+        np.testing.assert_array_equal(images.labels.numpy(), reference.target[rows])
+    assert len(train.pixels) + len(test.pixels) == 1797
+
+
+def test_the_embedded_data_set_is_an_ordinary_folder_in_hub_layout():
+    assert dataset_path("digits") == str(files("gac_plugin") / "digits")
+    by_name, by_path = load_images(Config())[0], load_images(Config(dataset=dataset_path("digits")))[0]
+    assert torch.equal(by_name.pixels, by_path.pixels)
+
+
+@pytest.mark.parametrize(("mode", "channels"), [("L", 1), ("RGB", 3), ("RGBA", 3)])
+def test_pixels_come_through_unchanged_and_channels_first(tmp_path, mode, channels):
+    pictures = [picture(mode=mode, seed=seed) for seed in range(3)]
+    source = write_data_set(tmp_path, {"photo": pictures}, {"photo": datasets.Image()})
+    train, test = load_images(Config(dataset=source))
+    assert train.pixels.shape == (3, channels, 6, 8)
+    assert test is train, "without a test split the training images are the reference"
+    assert train.labels is None
+    expected = np.stack([np.asarray(p).reshape(6, 8, -1)[..., :channels] for p in pictures]).transpose(0, 3, 1, 2)
+    np.testing.assert_array_equal(train.pixels.numpy(), expected)
+
+
+def test_images_of_mixed_sizes_are_resized_on_request(tmp_path):
+    pictures = [picture((8, 6)), picture((12, 12)), picture((5, 9))]
+    source = write_data_set(tmp_path, {"image": pictures}, {"image": datasets.Image()})
+    assert load_images(Config(dataset=source, image_size=6))[0].pixels.shape == (3, 1, 6, 6)
+    with pytest.raises(UsageError, match=r"images differ in size: 6x8 and 12x12 \(image 1\); pass --image-size"):
+        load_images(Config(dataset=source))
+
+
+def test_a_folder_of_image_files_works(tmp_path):
+    for name, seed in (("a", 1), ("b", 2)):
+        picture(seed=seed).save(tmp_path / f"{name}.png")
+    assert load_images(Config(dataset=str(tmp_path)))[0].pixels.shape == (2, 1, 6, 8)
+
+
+@pytest.mark.parametrize(
+    ("columns", "features", "settings", "message"),
+    [
+        (
+            {"text": ["a"], "n": [1]},
+            {"text": datasets.Value("string"), "n": datasets.Value("int64")},
+            {},
+            r"no image column; its columns: text \(Value\), n \(Value\)",
+        ),
+        (
+            {"image": [picture()]},
+            {"image": datasets.Image()},
+            {"column": "x"},
+            r"no column 'x'.*image \(Image\)",
+        ),
+        (
+            {"image": [picture()], "text": ["a"]},
+            {"image": datasets.Image(), "text": datasets.Value("string")},
+            {"column": "text"},
+            "column 'text' holds no images",
+        ),
+        (
+            {"a": [picture()], "b": [picture()]},
+            {"a": datasets.Image(), "b": datasets.Image()},
+            {},
+            "several image columns: a, b; choose one with --column",
+        ),
+        ({"image": []}, {"image": datasets.Image()}, {}, "no data.*check .* that it holds rows"),
+        (
+            {"image": [picture()]},
+            {"image": datasets.Image()},
+            {"split": "dev"},
+            "no split 'dev'; it has: train",
+        ),
+        (
+            {"image": [{"bytes": b"not a picture", "path": None}]},
+            {"image": datasets.Image()},
+            {},
+            "image 0 of split 'train' cannot be decoded",
+        ),
+    ],
+    ids=["no images", "missing column", "wrong column", "two columns", "no rows", "missing split", "damaged image"],
+)
+def test_a_data_set_that_cannot_be_used_is_refused(tmp_path, columns, features, settings, message):
+    source = write_data_set(tmp_path, columns, features)
+    with pytest.raises(UsageError, match=message):
+        load_images(Config(dataset=source, **settings))
+
+
+@pytest.mark.parametrize("name", ["./nothing/here", "/nothing/here", "a/b/c"])
+def test_a_folder_that_does_not_exist_is_named(name):
+    with pytest.raises(UsageError, match=f"no folder '{re.escape(name)}'"):
+        dataset_path(name)
+
+
+def test_an_empty_folder_is_refused(tmp_path):
+    with pytest.raises(UsageError, match="cannot load data set"):
+        load_images(Config(dataset=str(tmp_path)))
+
+
+@pytest.mark.parametrize("value_range", [(-1.0, 1.0), (0.0, 1.0)])
+def test_pixels_and_samples_convert_back_and_forth(value_range):
+    pixels = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16)
+    samples = to_samples(pixels, value_range)
+    low, high = value_range
+    expected = low + (high - low) * np.arange(256) / 255
+    np.testing.assert_allclose(samples.flatten().numpy(), expected, atol=2e-7)
+    assert torch.equal(to_pixels(samples, value_range), pixels)
+    assert to_pixels(torch.tensor([low - 9, high + 9]), value_range).tolist() == [0, 255]
+
+
+def test_every_row_comes_once_in_an_epoch_and_processes_share_it():
+    pixels = torch.arange(10, dtype=torch.uint8).reshape(10, 1, 1, 1)
+
+    def rows(rank: int, processes: int, batch_size: int, count: int) -> list[list[int]]:
+        stream = batches(pixels, batch_size, (0.0, 255.0), seed=7, rank=rank, processes=processes)
+        return [batch.flatten().int().tolist() for batch in islice(stream, count)]
+
+    alone = rows(0, 1, 4, 4)
+    assert len(set(alone[0] + alone[1])) == 8, "an epoch of two batches, the two rows left over dropped"
+    assert sorted(alone[0] + alone[1]) != sorted(alone[2] + alone[3]) or alone[:2] != alone[2:]
+    first, second = rows(0, 2, 2, 4), rows(1, 2, 2, 4)
+    assert [a + b for a, b in zip(first, second, strict=True)] == alone
+
+
+def test_a_data_set_smaller_than_a_batch_is_refused():
+    pixels = torch.zeros(10, 1, 1, 1, dtype=torch.uint8)
+    with pytest.raises(UsageError, match="10 images, fewer than one batch of 24; pass a --batch-size of at most 5"):
+        next(batches(pixels, 12, (0.0, 1.0), seed=0, processes=2))

@@ -1,0 +1,131 @@
+"""The main job end to end, small: what a run leaves behind, that it repeats, and that it goes through Accelerate."""
+
+import json
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from PIL import Image as Picture
+
+from gac_plugin.errors import UsageError
+from gac_plugin.training import load_generator, train
+from gac_plugin.training.config import Config, make_config
+from gac_plugin.training.loop import generate
+
+SMALL = {"steps": 25, "log_every": 10, "sample_every": 20, "evaluation_samples": 200, "width": 16, "batch_size": 32}
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerate():
+    """Accelerate keeps one state for a process, and refuses another precision in it."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return train(make_config({**SMALL, "output_dir": str(tmp_path_factory.mktemp("runs") / "run"), "cpu": True}))
+
+
+def test_a_run_folder_holds_what_the_documentation_says(run):
+    files = sorted(path.relative_to(run.folder).as_posix() for path in run.folder.rglob("*") if path.is_file())
+    assert files == [
+        "config.json",
+        "discriminator/config.json",
+        "discriminator/model.safetensors",
+        "evaluation.json",
+        "generator/config.json",
+        "generator/model.safetensors",
+        "metrics.jsonl",
+        "samples/step-0000020.png",
+        "samples/step-0000025.png",
+    ]
+
+
+def test_metrics_are_written_at_the_first_every_tenth_and_the_last_step(run):
+    records = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == [1, 10, 20, 25]
+    assert all(
+        set(record) == {"step", "seconds", "loss_d", "loss_g", "d_real", "d_fake", "penalty"} for record in records
+    )
+    seconds = [record["seconds"] for record in records]
+    assert seconds == sorted(seconds)
+
+
+def test_a_run_s_own_config_describes_it(run):
+    config = make_config(file=run.folder / "config.json")
+    assert (config.steps, config.width, config.batch_size) == (25, 16, 32)
+
+
+def test_the_saved_generator_is_the_trained_one(run):
+    assert torch.equal(generate(load_generator(run.folder), 9, seed=4), generate(run.generator, 9, seed=4))
+
+
+def test_generation_repeats_for_a_seed_and_not_for_another(run):
+    assert torch.equal(generate(run.generator, 5, seed=1), generate(run.generator, 5, seed=1))
+    assert not torch.equal(generate(run.generator, 5, seed=1), generate(run.generator, 5, seed=2))
+
+
+def test_the_sample_picture_shows_the_fixed_latents(run):
+    with Picture.open(run.folder / "samples" / "step-0000025.png") as picture:
+        sheet = np.asarray(picture)
+    first = generate(run.generator, 64, seed=0)[0, 0]
+    tile = np.asarray(Picture.fromarray(first.numpy()).resize((48, 48), Picture.Resampling.BICUBIC))
+    np.testing.assert_array_equal(sheet[4:52, 4:52], tile)
+
+
+def test_a_run_repeats_bit_for_bit(run, tmp_path):
+    again = train(make_config({**SMALL, "output_dir": str(tmp_path / "run"), "cpu": True}))
+    a, b = run.generator.state_dict(), again.generator.state_dict()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert again.evaluation == run.evaluation
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"schedule": "fused"},
+        {"rule": "pr+"},
+        {"metric": "spectral", "lr_generator": 0.01},
+        {"loss": "relativistic"},
+        {"score": "logit"},
+        {"optimizer": "adam", "ema": 0.0, "r1": 0.0, "r2": 0.0},
+        {"output": "sigmoid", "adapter": "dcgan", "depth": 2},
+        {"mixed_precision": "bf16"},
+    ],
+    ids=lambda settings: ", ".join(map(str, settings.values())),
+)
+def test_every_kind_of_run_goes_through(tmp_path, settings):
+    values = {**SMALL, "steps": 6, "evaluation_samples": 0, **settings}
+    result = train(make_config({**values, "output_dir": str(tmp_path / "run"), "cpu": True}))
+    assert result.evaluation is None
+    last = json.loads((result.folder / "metrics.jsonl").read_text().splitlines()[-1])
+    assert ("beta" in last) == (settings.get("rule") == "pr+")
+
+
+def test_without_an_average_the_generator_itself_is_kept(tmp_path):
+    values = {**SMALL, "steps": 3, "evaluation_samples": 0, "cpu": True}
+    plain = train(make_config({**values, "ema": 0.0, "output_dir": str(tmp_path / "a")})).generator
+    averaged = train(make_config({**values, "ema": 0.9, "output_dir": str(tmp_path / "b")})).generator
+    # the average after steps 1, 2, 3 is 0.81 theta_1 + 0.09 theta_2 + 0.1 theta_3: close to theta_3 but not it
+    pairs = list(zip(plain.parameters(), averaged.parameters(), strict=True))
+    assert all(not torch.equal(a, b) for a, b in pairs)
+    assert all(torch.allclose(a, b, atol=0.02) for a, b in pairs)
+
+
+def test_divergence_is_said_and_the_run_kept(tmp_path):
+    settings = {**SMALL, "loss": "wasserstein", "r1": 0.0, "r2": 0.0, "lr_generator": 1e30, "lr_discriminator": 1e30}
+    with pytest.raises(UsageError, match=r"training diverged: .* not finite at step \d+; lower --lr-generator"):
+        train(make_config({**settings, "output_dir": str(tmp_path / "run"), "cpu": True}))
+    last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert None in last.values()
+
+
+def test_a_run_on_data_that_do_not_suit_leaves_no_folder(tmp_path):
+    rows = datasets.Dataset.from_dict({"text": ["a"]})
+    rows.to_parquet(tmp_path / "data" / "train.parquet")
+    with pytest.raises(UsageError, match="no image column"):
+        train(Config(dataset=str(tmp_path / "data"), output_dir=str(tmp_path / "runs" / "one"), cpu=True))
+    assert not (tmp_path / "runs").exists()

@@ -1,0 +1,91 @@
+"""The contract that every adapter keeps, and how a run chooses its networks."""
+
+import json
+
+import pytest
+import torch
+
+from gac_plugin import GAC, ConjugateGradient
+from gac_plugin.errors import UsageError
+from gac_plugin.training.config import Config, make_config
+from gac_plugin.training.networks import Recipe, adapter_names, choose_recipe, find_adapter
+
+SHAPE = (3, 16, 8)
+
+
+@pytest.fixture(params=adapter_names())
+def recipe(request) -> Recipe:
+    arguments = {"sample_shape": list(SHAPE), "latent_size": 5, "width": 8, "depth": 2, "output": "tanh"}
+    return Recipe(request.param, arguments)
+
+
+def test_shapes_are_those_of_the_contract(recipe):
+    samples = recipe.generator()(torch.randn(4, 5))
+    assert samples.shape == (4, *SHAPE)
+    assert recipe.discriminator()(samples).shape == (4, 1)
+
+
+@pytest.mark.parametrize(("output", "low"), [("tanh", -1.0), ("sigmoid", 0.0)])
+def test_samples_fill_the_declared_range(recipe, output, low):
+    generator = Recipe(recipe.adapter, {**recipe.arguments, "output": output}).generator()
+    last = list(generator.parameters())[-1]
+    with torch.no_grad():
+        last.fill_(-100.0)
+        assert torch.allclose(generator(torch.randn(4, 5)), torch.tensor(low))
+        last.fill_(100.0)
+        assert torch.allclose(generator(torch.randn(4, 5)), torch.tensor(1.0))
+
+
+@pytest.mark.parametrize("schedule", ["fresh", "fused"])
+def test_one_step_moves_both_networks(recipe, schedule):
+    generator, discriminator = recipe.generator(), recipe.discriminator()
+    before = [p.clone() for p in (*generator.parameters(), *discriminator.parameters())]
+    gac = GAC(
+        generator,
+        discriminator,
+        ConjugateGradient(generator.parameters(), 1e-3),
+        torch.optim.Adam(discriminator.parameters(), 1e-3),
+        penalty="r1+r2",
+        schedule=schedule,
+    )
+    stats = gac.step(torch.randn(6, *SHAPE))
+    after = [*generator.parameters(), *discriminator.parameters()]
+    assert all(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert all(torch.isfinite(value) for value in stats.values())
+    assert gac.cotangent(torch.randn(6, *SHAPE)).shape == (6, *SHAPE)
+
+
+def test_a_recipe_is_json_and_builds_the_same_network(recipe):
+    again = Recipe(**json.loads(json.dumps({"adapter": recipe.adapter, "arguments": recipe.arguments})))
+    shapes = [{name: tensor.shape for name, tensor in r.generator().state_dict().items()} for r in (recipe, again)]
+    assert shapes[0] == shapes[1]
+
+
+@pytest.mark.parametrize(("shape", "adapter"), [((1, 28, 28), "mlp"), ((1, 32, 32), "mlp"), ((3, 32, 32), "dcgan")])
+def test_small_samples_get_perceptrons_and_larger_ones_convolutions(shape, adapter):
+    assert choose_recipe(Config(), shape).adapter == adapter
+
+
+def test_the_configuration_overrides_the_choice():
+    recipe = choose_recipe(Config(adapter="dcgan", width=16, depth=1, latent_size=9, output="sigmoid"), (1, 8, 8))
+    assert recipe == Recipe(
+        "dcgan", {"sample_shape": [1, 8, 8], "latent_size": 9, "width": 16, "depth": 1, "output": "sigmoid"}
+    )
+
+
+def test_the_article_preset_has_the_article_s_networks():
+    recipe = choose_recipe(make_config(preset="article"), (1, 28, 28))
+    generator = [tuple(p.shape) for p in recipe.generator().parameters()]
+    discriminator = [tuple(p.shape) for p in recipe.discriminator().parameters()]
+    assert generator == [(128, 100), (128,), (784, 128), (784,)]
+    assert discriminator == [(128, 784), (128,), (1, 128), (1,)]
+
+
+def test_an_unknown_adapter_lists_the_installed_ones():
+    with pytest.raises(UsageError, match=r"unknown adapter 'mpl' .*'mlp'.*dcgan"):
+        find_adapter("mpl")
+
+
+def test_a_size_that_the_convolutions_cannot_halve_is_refused():
+    with pytest.raises(UsageError, match="halve the image 3 times, which 28x28 does not allow"):
+        choose_recipe(Config(adapter="dcgan"), (1, 28, 28)).generator()

@@ -1,0 +1,93 @@
+"""Foreign discriminators and latents brought to one interface."""
+
+import pytest
+import torch
+from torch import nn
+
+from gac_plugin import UsageError
+from gac_plugin.protocols import Logits, latent_sampler
+
+
+class Answers(nn.Module):
+    """A discriminator that gives a fixed answer."""
+
+    def __init__(self, answer):
+        super().__init__()
+        self.answer = answer
+
+    def forward(self, samples, **conditions):
+        self.conditions = conditions
+        return self.answer
+
+
+SAMPLES = torch.zeros(3, 2)
+VALUES = torch.tensor([[-2.0], [0.5], [3.0]], dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("answer", "select"),
+    [
+        (VALUES, None),
+        ((None, VALUES), lambda out: out[1]),
+        ({"logits": VALUES, "features": None}, lambda out: out["logits"]),
+    ],
+    ids=["alone", "tuple", "dict"],
+)
+def test_logits_are_found_in_whatever_the_discriminator_returns(answer, select):
+    assert Logits(Answers(answer), select=select)(SAMPLES, {}) is VALUES
+
+
+def test_conditions_reach_the_discriminator_by_keyword():
+    discriminator = Answers(VALUES)
+    Logits(discriminator)(SAMPLES, {"label": 7})
+    assert discriminator.conditions == {"label": 7}
+
+
+def test_probabilities_become_the_logits_that_they_came_from():
+    back = Logits(Answers(torch.sigmoid(VALUES)), output="probability")(SAMPLES, {})
+    torch.testing.assert_close(back, VALUES, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_probabilities_that_rounded_to_0_or_1_give_finite_logits(dtype):
+    back = Logits(Answers(torch.tensor([0.0, 0.5, 1.0], dtype=dtype)), output="probability")(SAMPLES, {})
+    assert back.isfinite().all()
+    assert back[0] < -10
+    assert back[2] > 10
+
+
+def test_an_unknown_output_is_refused_with_the_choices():
+    with pytest.raises(UsageError, match="unknown output 'probabilities'; choose one of: logit, probability"):
+        Logits(Answers(VALUES), output="probabilities")
+
+
+def test_an_answer_in_parts_asks_for_a_selector():
+    with pytest.raises(UsageError, match=r"returned a tuple.*logits=lambda"):
+        Logits(Answers((VALUES, None)))(SAMPLES, {})
+
+
+@pytest.mark.parametrize("answer", [torch.zeros(()), torch.zeros(2, 1)], ids=["scalar", "other batch"])
+def test_an_answer_without_the_batch_is_refused_with_its_shape(answer):
+    with pytest.raises(UsageError, match=r"have shape \(.*\) for 3 samples"):
+        Logits(Answers(answer))(SAMPLES, {})
+
+
+@pytest.mark.parametrize(("latent", "shape"), [(5, (3, 5)), ((2, 4, 4), (3, 2, 4, 4)), ((), (3,))])
+def test_a_size_or_shape_means_standard_normal_latents_for_each_real_sample(latent, shape):
+    draw = latent_sampler(latent, nn.Identity())
+    torch.manual_seed(5)
+    z = draw(SAMPLES)
+    torch.manual_seed(5)
+    assert torch.equal(z, torch.randn(shape))
+
+
+def test_a_callable_is_asked_for_the_batch_size():
+    assert latent_sampler(lambda batch: ["z"] * batch, nn.Identity())(SAMPLES) == ["z"] * 3
+
+
+def test_the_generators_own_nz_is_used_where_no_latent_is_given():
+    generator = nn.Identity()
+    assert latent_sampler(None, generator) is None
+    generator.nz = 6
+    assert latent_sampler(None, generator)(SAMPLES).shape == (3, 6)
+    assert latent_sampler(2, generator)(SAMPLES).shape == (3, 2)

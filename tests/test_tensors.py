@@ -1,0 +1,58 @@
+"""Inner products and norms against numpy."""
+
+import numpy as np
+import pytest
+import torch
+
+from gac_plugin import tensors
+
+SHAPES = [(), (3,), (2, 3), (2, 1, 3, 2)]
+BATCHES = [(4,), (4, 3), (4, 2, 3), (4, 2, 3, 2)]
+
+
+def draw(shapes):
+    return [torch.randn(shape, dtype=torch.float64) for shape in shapes]
+
+
+def test_inner_sums_the_products_over_all_tensors():
+    a, b = draw(SHAPES), draw(SHAPES)
+    parts = [float((x.numpy() * y.numpy()).sum()) for x, y in zip(a, b, strict=True)]
+    assert [float(part) for part in tensors.inner_parts(a, b)] == pytest.approx(parts, rel=1e-13)
+    assert float(tensors.inner(a, b)) == pytest.approx(sum(parts), rel=1e-13)
+    assert tensors.inner(a, b).shape == ()
+
+
+def test_inner_reads_tensors_that_are_not_contiguous():
+    a, b = torch.randn(3, 5), torch.randn(5, 3)
+    assert float(tensors.inner([a.mT], [b])) == pytest.approx(float((a.mT * b).sum()), rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_inner_products_of_half_precision_accumulate_in_float32(dtype):
+    ones = torch.ones(4096, dtype=dtype)
+    product = tensors.inner([ones], [1.0 * ones])
+    assert product.dtype == torch.float32
+    assert float(product) == 4096.0
+    large = torch.full((4,), 300.0, dtype=dtype)  # 300^2 overflows float16
+    assert float(tensors.inner([large], [large])) == pytest.approx(4 * float(large[0]) ** 2)
+
+
+def test_lists_of_different_length_are_an_error():
+    with pytest.raises(ValueError, match="argument 2 is shorter"):
+        tensors.inner(draw(SHAPES), draw(SHAPES[:-1]))
+
+
+@pytest.mark.parametrize("shape", BATCHES)
+def test_per_sample_reductions_run_over_everything_but_the_batch(shape):
+    a, b = draw([shape, shape])
+    rows, others = a.numpy().reshape(4, -1), b.numpy().reshape(4, -1)
+    np.testing.assert_allclose(tensors.per_sample_inner(a, b), (rows * others).sum(1), rtol=1e-13)
+    np.testing.assert_allclose(tensors.per_sample_norm(a), np.sqrt((rows**2).sum(1)), rtol=1e-13)
+    np.testing.assert_allclose(tensors.per_sample_mean(a), rows.mean(1), rtol=1e-13)
+
+
+@pytest.mark.parametrize("shape", BATCHES)
+def test_scale_samples_multiplies_each_sample_by_its_own_number(shape):
+    scale, a = draw([(4,), shape])
+    expected = np.stack([s * x for s, x in zip(scale.numpy(), a.numpy(), strict=True)])
+    np.testing.assert_array_equal(tensors.scale_samples(scale, a), expected)
