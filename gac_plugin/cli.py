@@ -18,7 +18,7 @@ from gac_plugin.train import add_arguments as add_train_arguments
 from gac_plugin.train import run as run_train
 from gac_plugin.training.config import PRESETS
 from gac_plugin.training.files import write_grid
-from gac_plugin.training.hub import load_generator
+from gac_plugin.training.hub import load_generator, network_folder, read_recipe
 from gac_plugin.training.loop import generate
 from gac_plugin.training.networks import adapter_names, find_adapter
 
@@ -69,8 +69,9 @@ def _sample(arguments: argparse.Namespace) -> None:
     out = Path(arguments.out)
     if out.suffix.lower() not in PICTURES:
         raise UsageError(f"--out must end in one of {', '.join(PICTURES)}; got {arguments.out!r}")
-    generator = load_generator(arguments.model)
-    write_grid(out, generate(generator, arguments.n, arguments.seed), arguments.columns)
+    recipe = read_recipe(network_folder(arguments.model, "generator"))
+    pixels = generate(load_generator(arguments.model), recipe, arguments.n, arguments.seed)
+    write_grid(out, pixels, arguments.columns)
     print(f"{arguments.n} samples in {out}")
 
 

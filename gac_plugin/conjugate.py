@@ -209,6 +209,19 @@ class ConjugateGradient(torch.optim.Optimizer):
             self.param_groups.pop()
             raise
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from a `state_dict`, exactly, also for parameters of 16 bits.
+
+        `torch.optim.Optimizer` casts what it loads to the parameter's type; <g-, u-> keeps its own.
+        """
+        super().load_state_dict(state_dict)
+        saved = [index for group in state_dict["param_groups"] for index in group["params"]]
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        for index, parameter in zip(saved, parameters, strict=True):
+            share = state_dict["state"].get(index, {}).get("inner")
+            if share is not None:
+                self.state[parameter]["inner"] = share.to(parameter.device, copy=True)
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Move every parameter that has a gradient.

@@ -78,10 +78,16 @@ class Spectral:
 
     This is the duality map of the spectral norm (Bernstein & Newhouse 2024); <g, u> is then the nuclear norm of g.
     A kernel of shape (out, ...) counts as a matrix (out, rest), a vector as one column (u = g / ||g||).
+
+    Args:
+        eps: covectors of a smaller norm count as zero, so that rounding is not blown up to a step of full length.
     """
 
+    def __init__(self, eps: float = 1e-8) -> None:
+        self.eps = eps
+
     def __call__(self, covectors: list[Tensor]) -> list[Tensor]:
-        return [orthogonalise(covector) for covector in covectors]
+        return [orthogonalise(covector, self.eps) for covector in covectors]
 
     def ascend_(self, points: list[Tensor], covectors: list[Tensor], rate: float) -> None:
         torch._foreach_add_(points, self(covectors), alpha=rate)
@@ -93,7 +99,7 @@ _LIFT, _POLISH = (3.4445, -4.7750, 2.0315), (1.875, -1.25, 0.375)
 _NEWTON_SCHULZ = (*[_LIFT] * 5, *[_POLISH] * 4)
 
 
-def orthogonalise(g: Tensor) -> Tensor:
+def orthogonalise(g: Tensor, eps: float = 1e-8) -> Tensor:
     """U V^T of g = U S V^T by Newton-Schulz iteration: matrix products alone, so nothing waits for the host.
 
     Singular values above 0.002 of the Frobenius norm come out as 1 to rounding; smaller ones come out smaller, and
@@ -101,13 +107,14 @@ def orthogonalise(g: Tensor) -> Tensor:
 
     Args:
         g: a floating-point tensor of any shape; (n, ...) counts as a matrix (n, rest), a scalar as 1 x 1.
+        eps: added to the Frobenius norm that g is divided by.
 
     Returns:
-        A tensor of the shape and dtype of `g`; zero where `g` is zero.
+        A tensor of the shape and dtype of `g`; zero where `g` is zero, and near zero where its norm is far below `eps`.
     """
     matrix = g.reshape(g.shape[0] if g.dim() > 0 else 1, -1)
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.mT
-    x = wide / torch.linalg.matrix_norm(wide).clamp_min(torch.finfo(g.dtype).tiny)
+    x = wide / (torch.linalg.matrix_norm(wide) + eps)
     for a, b, c in _NEWTON_SCHULZ:
         gram = x @ x.mT
         x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
@@ -138,7 +145,7 @@ METRICS: dict[str, Metric] = {
         Metric(
             "spectral",
             lambda p: {},
-            lambda *_: Spectral(),
+            lambda _covectors, _states, settings: Spectral(settings["eps"]),
             "u = U V^T of each matrix g = U S V^T: duality map of the spectral norm (Bernstein & Newhouse 2024)",
         ),
     )

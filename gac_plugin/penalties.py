@@ -1,5 +1,6 @@
 """Zero-centred gradient penalties on the discriminator: R1 on real samples, R2 on generated ones, applied lazily."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -31,14 +32,14 @@ class GradientPenalty:
     interval: int = 4
 
     def __post_init__(self) -> None:
-        if self.r1 < 0 or self.r2 < 0:
-            raise UsageError(f"penalty weights are at least 0, got r1={self.r1}, r2={self.r2}")
+        if not (0 <= self.r1 < math.inf and 0 <= self.r2 < math.inf):
+            raise UsageError(f"penalty weights are numbers of at least 0, got r1={self.r1}, r2={self.r2}")
         if self.interval < 1:
             raise UsageError(f"the penalty's interval is at least 1 step, got {self.interval}")
 
     def is_due(self, step: int) -> bool:
-        """Whether the discriminator's step number `step`, counted from 0, carries the penalty."""
-        return step % self.interval == 0
+        """Whether the discriminator's step number `step`, counted from 0, carries the penalty; never without weight."""
+        return (self.r1 > 0 or self.r2 > 0) and step % self.interval == 0
 
     def of(self, real_gradient: Tensor | None, fake_gradient: Tensor | None) -> Tensor:
         """The penalty to add to the discriminator's mean loss: 0-dimensional, differentiable.

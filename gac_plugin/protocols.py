@@ -63,7 +63,7 @@ class Logits:
 
 
 def latent_sampler(latent: LatentSource | None, generator: nn.Module) -> Callable[[Tensor], Any] | None:
-    """How latents are drawn for a real batch: real -> z for as many samples, on the batch's device.
+    """How latents are drawn for a real batch: real -> z for as many samples, of the batch's type, on its device.
 
     Args:
         latent: see `LatentSource`; None uses the generator's `nz` (torch-mimicry's name), if it has one.
@@ -80,7 +80,7 @@ def latent_sampler(latent: LatentSource | None, generator: nn.Module) -> Callabl
         draw = latent
         return lambda real: draw(real.shape[0])
     shape = (latent,) if isinstance(latent, int) else tuple(latent)
-    return lambda real: torch.randn(real.shape[0], *shape, device=real.device)
+    return lambda real: torch.randn(real.shape[0], *shape, device=real.device, dtype=real.dtype)
 
 
 @dataclass(frozen=True)

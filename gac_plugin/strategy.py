@@ -15,9 +15,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from gac_plugin.cotangent import cotangent, evaluating, frozen, keep_visible, logit_derivatives, pullback
+from gac_plugin.checks import (
+    require_alike,
+    require_finite,
+    require_independent_samples,
+    require_no_batch_norm,
+    require_range,
+)
+from gac_plugin.cotangent import cotangent, frozen, keep_visible, logit_derivatives, pullback
 from gac_plugin.errors import UsageError, resolve
 from gac_plugin.losses import LOSSES, SCORES, Loss, Score, generator_objective
 from gac_plugin.penalties import PENALTIES, GradientPenalty, logit_gradient
@@ -111,7 +117,7 @@ class GAC:
         self._discriminator_steps = 0
         self._checked = False
         if schedule == "fused":
-            _refuse_batch_norm(discriminator)
+            require_no_batch_norm(discriminator)
 
     def step(self, real: Tensor, z: Any = None, **conditions: Any) -> Stats:
         """One step of both networks.
@@ -220,18 +226,25 @@ class GAC:
         self, real: Tensor, fake: Tensor, conditions: Mapping[str, Any], keep_input_gradient: bool = False
     ) -> Judged:
         """D's forward passes on both batches, with the penalty on the steps that carry it."""
-        if real.shape != fake.shape:
-            raise UsageError(
-                f"real and generated samples differ in shape: {tuple(real.shape)} and {tuple(fake.shape)}; "
-                "resize the data or change the generator's output"
-            )
+        require_alike(real, fake)
         penalty = self.penalty if self.penalty and self.penalty.is_due(self._discriminator_steps) else None
         measure_real, measure_fake = penalty is not None and penalty.r1 > 0, penalty is not None and penalty.r2 > 0
         real = real.detach().requires_grad_(measure_real)
         fake = fake.detach().requires_grad_(measure_fake or keep_input_gradient)
         real_logits, fake_logits = self._logits(real, conditions), self._logits(fake, conditions)
         if not self._checked:
-            self._check_first_batch(real, fake, real_logits, fake_logits, conditions)
+            require_finite(
+                {
+                    "real samples": real,
+                    "generated samples": fake,
+                    "discriminator's logits of the real samples": real_logits,
+                    "discriminator's logits of the generated samples": fake_logits,
+                }
+            )
+            if self.schedule == "fused":
+                require_range(fake_logits)
+                require_independent_samples(self._logits, real, fake, conditions)
+            self._checked = True
         self._discriminator_steps += 1
         real_gradient = logit_gradient(real_logits, real) if measure_real else None
         fake_gradient = logit_gradient(fake_logits, fake) if measure_fake else None
@@ -276,49 +289,3 @@ class GAC:
         optimizer = getattr(self.generator_optimizer, "optimizer", self.generator_optimizer)  # accelerate wraps it
         beta = getattr(optimizer, "beta", None)
         return {} if beta is None else {"beta": beta}
-
-    def _check_first_batch(
-        self, real: Tensor, fake: Tensor, real_logits: Tensor, fake_logits: Tensor, conditions: Mapping[str, Any]
-    ) -> None:
-        """What would go wrong silently, looked for once: the only place where a step reads values on the host."""
-        for name, values in (
-            ("real samples", real),
-            ("generated samples", fake),
-            ("discriminator's logits of the real samples", real_logits),
-            ("discriminator's logits of the generated samples", fake_logits),
-        ):
-            bad = int((~torch.isfinite(values)).sum())
-            if bad:
-                raise UsageError(f"{bad} of {values.numel()} values in the {name} are not finite at the first step")
-        if self.schedule == "fused":
-            _refuse_batch_dependence(self._logits, real, conditions)
-        self._checked = True
-
-
-def _refuse_batch_norm(discriminator: nn.Module) -> None:
-    for name, module in discriminator.named_modules():
-        if isinstance(module, _BatchNorm):
-            raise UsageError(
-                f"the fused schedule needs a discriminator that treats samples independently, and its layer {name!r} "
-                f"is a {type(module).__name__}, which mixes the batch; use schedule='fresh', or a norm per sample"
-            )
-
-
-def _refuse_batch_dependence(logits: Logits, samples: Tensor, conditions: Mapping[str, Any]) -> None:
-    """Compare the logits of half a batch alone with those inside the whole batch: layers that mix samples differ."""
-    half = samples.shape[0] // 2
-    if half == 0:
-        return
-    part = {key: value[:half] if _is_batch(value, samples) else value for key, value in conditions.items()}
-    # in evaluation mode, since dropout and power iterations differ between any two calls
-    with torch.no_grad(), evaluating(logits.discriminator):
-        whole, alone = logits(samples, conditions)[:half], logits(samples[:half], part)
-    if not torch.allclose(whole, alone, rtol=1e-2, atol=1e-3 * float(whole.abs().max())):
-        raise UsageError(
-            "the fused schedule needs a discriminator that treats samples independently, and this one's logits change "
-            "with the rest of the batch (minibatch statistics?); use schedule='fresh'"
-        )
-
-
-def _is_batch(value: Any, samples: Tensor) -> bool:
-    return isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == samples.shape[0]

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import nn
@@ -57,7 +58,7 @@ def halves(model):
 
 @pytest.mark.parametrize("maximize", [False, True])
 @pytest.mark.parametrize("beta2", [0.9, 0.99, 0.999])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rule_none_and_metric_adam_are_adam_without_momentum_bit_for_bit(dtype, beta2, maximize):
     ours, theirs = net(dtype), net(dtype)
     optimizer = ConjugateGradient(ours.parameters(), 1e-3, "none", "adam", beta2=beta2, maximize=maximize)
@@ -70,7 +71,7 @@ def test_rule_none_and_metric_adam_are_adam_without_momentum_bit_for_bit(dtype, 
     assert not same(ours, net(dtype))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rule_none_and_metric_identity_are_gradient_descent_bit_for_bit(dtype):
     ours, theirs, batches = net(dtype), net(dtype), [data(net(dtype)) for _ in range(20)]
     train(ours, ConjugateGradient(ours.parameters(), 1e-3, "none", "identity"), batches)
@@ -180,6 +181,20 @@ def test_a_step_leaves_the_gradients_as_they_are(rule, metric):
         assert all(map(torch.equal, before, (parameter.grad for parameter in model.parameters())))
 
 
+@every_metric
+@every_rule
+def test_gradients_written_into_the_same_memory_make_no_difference(rule, metric):
+    kept, renewed = net(torch.float64), net(torch.float64)  # a remembered g- that is p.grad itself would make y = 0
+    pairs = [(model, ConjugateGradient(model.parameters(), LR[metric], rule, metric)) for model in (kept, renewed)]
+    for _ in range(5):
+        x = data(kept)
+        for model, optimizer in pairs:
+            optimizer.zero_grad(set_to_none=model is renewed)
+            model(x).square().sum().backward()
+            optimizer.step()
+    assert same(kept, renewed)
+
+
 def test_a_closure_is_evaluated_once_with_gradients_and_its_value_returned():
     model, calls = net(), []
     optimizer = ConjugateGradient(model.parameters(), 0.1)
@@ -278,7 +293,7 @@ def test_a_deep_copy_in_the_middle_of_training_continues_identically(rule, metri
     assert continues_identically(model, optimizer, *copy.deepcopy((model, optimizer)))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("steps", [0, 3])
 @every_metric
 @every_rule
@@ -354,6 +369,8 @@ def test_it_survives_preparation_by_accelerate(rule):
     reference = ConjugateGradient(plain.parameters(), 1e-3, rule)
     accelerator = Accelerator(cpu=True)
     prepared, optimizer = accelerator.prepare(model, ConjugateGradient(model.parameters(), 1e-3, rule))
+
+    assert isinstance(optimizer, AcceleratedOptimizer)
 
     def step(x):
         train(plain, reference, [x])

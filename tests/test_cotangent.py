@@ -268,7 +268,7 @@ def test_logit_derivatives_are_those_of_the_mean_losses(loss, score):
         close(actual, closed / BATCH)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_only_derivatives_too_small_to_divide_by_are_replaced(dtype):
     v = torch.tensor([0.0, -0.0, 1e-3, -1e-3, -1.0, torch.finfo(dtype).tiny], dtype=dtype)
     visible = keep_visible(v)

@@ -60,18 +60,22 @@ def test_a_run_s_own_config_describes_it(run):
 
 
 def test_the_saved_generator_is_the_trained_one(run):
-    assert torch.equal(generate(load_generator(run.folder), 9, seed=4), generate(run.generator, 9, seed=4))
+    assert torch.equal(
+        generate(load_generator(run.folder), run.recipe, 9, seed=4), generate(run.generator, run.recipe, 9, seed=4)
+    )
 
 
 def test_generation_repeats_for_a_seed_and_not_for_another(run):
-    assert torch.equal(generate(run.generator, 5, seed=1), generate(run.generator, 5, seed=1))
-    assert not torch.equal(generate(run.generator, 5, seed=1), generate(run.generator, 5, seed=2))
+    assert torch.equal(generate(run.generator, run.recipe, 5, seed=1), generate(run.generator, run.recipe, 5, seed=1))
+    assert not torch.equal(
+        generate(run.generator, run.recipe, 5, seed=1), generate(run.generator, run.recipe, 5, seed=2)
+    )
 
 
 def test_the_sample_picture_shows_the_fixed_latents(run):
     with Picture.open(run.folder / "samples" / "step-0000025.png") as picture:
         sheet = np.asarray(picture)
-    first = generate(run.generator, 64, seed=0)[0, 0]
+    first = generate(run.generator, run.recipe, 64, seed=0)[0, 0]
     tile = np.asarray(Picture.fromarray(first.numpy()).resize((48, 48), Picture.Resampling.BICUBIC))
     np.testing.assert_array_equal(sheet[4:52, 4:52], tile)
 

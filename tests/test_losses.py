@@ -63,7 +63,7 @@ def test_paired_says_whether_the_generator_looks_at_real_logits(name):
     assert bool(moved.any()) == LOSSES[name].paired
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("name", LOSSES)
 def test_extreme_logits_give_finite_values_and_derivatives(name, dtype):
     real = torch.tensor([-1e4, -60.0, 0.0, 60.0, 1e4], dtype=dtype, requires_grad=True)

@@ -48,7 +48,7 @@ def test_probabilities_become_the_logits_that_they_came_from():
     torch.testing.assert_close(back, VALUES, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_probabilities_that_rounded_to_0_or_1_give_finite_logits(dtype):
     back = Logits(Answers(torch.tensor([0.0, 0.5, 1.0], dtype=dtype)), output="probability")(SAMPLES, {})
     assert back.isfinite().all()

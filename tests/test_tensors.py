@@ -27,7 +27,7 @@ def test_inner_reads_tensors_that_are_not_contiguous():
     assert float(tensors.inner([a.mT], [b])) == pytest.approx(float((a.mT * b).sum()), rel=1e-6)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_inner_products_of_half_precision_accumulate_in_float32(dtype):
     ones = torch.ones(4096, dtype=dtype)
     product = tensors.inner([ones], [1.0 * ones])

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from gac_plugin.conjugate import ConjugateGradient
+from gac_plugin.cotangent import evaluating
 from gac_plugin.errors import UsageError
 from gac_plugin.penalties import GradientPenalty
 from gac_plugin.strategy import GAC, Stats
@@ -28,7 +29,7 @@ from gac_plugin.training.data import batches, load_images, to_pixels
 from gac_plugin.training.evaluate import Evaluation, evaluate, make_features
 from gac_plugin.training.files import MARK, next_run, run_folder, write_grid, write_json
 from gac_plugin.training.hub import save_network
-from gac_plugin.training.networks import choose_recipe
+from gac_plugin.training.networks import Recipe, choose_recipe
 
 GRID = 64
 GENERATION_BATCH = 1000
@@ -41,6 +42,7 @@ class Result:
     Attributes:
         folder: the run folder.
         generator: the trained generator, the running average where there is one, in evaluation mode.
+        recipe: how its networks were built.
         evaluation: None where none was asked for.
         seconds: of training, without loading data and evaluating.
         samples_per_second: real samples seen in a second, over all processes.
@@ -48,6 +50,7 @@ class Result:
 
     folder: Path
     generator: nn.Module
+    recipe: Recipe
     evaluation: Evaluation | None
     seconds: float
     samples_per_second: float
@@ -102,20 +105,20 @@ def train(config: Config) -> Result:
             save_network(folder / "generator", average.module, recipe)
             save_network(folder / "discriminator", accelerator.unwrap_model(gac.discriminator), recipe)
             if config.evaluation_samples:
-                pixels = generate(average.module, config.evaluation_samples, config.seed, accelerator.device)
+                pixels = generate(average.module, recipe, config.evaluation_samples, config.seed, accelerator.device)
                 features = make_features(real, test, config.seed, accelerator.device)
                 evaluation = evaluate(features, test.pixels.to(accelerator.device), pixels)
                 write_json(folder / "evaluation.json", evaluation.to_json())
     seen = config.steps * config.batch_size * accelerator.num_processes
-    return Result(folder, average.module.eval(), evaluation, seconds, seen / seconds)
+    return Result(folder, average.module.eval(), recipe, evaluation, seconds, seen / seconds)
 
 
-def generate(generator: nn.Module, count: int, seed: int, device: torch.device | str = "cpu") -> Tensor:
-    """Images from a generator of ours, the same for the same seed.
+def generate(generator: nn.Module, recipe: Recipe, count: int, seed: int, device: torch.device | str = "cpu") -> Tensor:
+    """Images from a generator, the same for the same seed.
 
     Args:
-        generator: with `nz`, its latent size, and an output activation that tells the value range; put in evaluation
-            mode.
+        generator: used in evaluation mode.
+        recipe: tells its latent size and value range.
         count: how many.
         seed: fixes the latents, drawn on the CPU.
         device: where the generator is.
@@ -123,16 +126,15 @@ def generate(generator: nn.Module, count: int, seed: int, device: torch.device |
     Returns:
         uint8 pixels, shape (count, C, H, W), on the device.
     """
-    latents = torch.randn(count, int(generator.nz), generator=torch.Generator().manual_seed(seed))  # type: ignore[arg-type]
-    return render(generator, latents.to(device))
+    latents = torch.randn(count, recipe.latent_size, generator=torch.Generator().manual_seed(seed))
+    return render(generator, latents.to(device), recipe.value_range)
 
 
 @torch.no_grad()
-def render(generator: nn.Module, latents: Tensor) -> Tensor:
-    """uint8 pixels (N, C, H, W) of latents (N, nz), generated in evaluation mode in parts of 1,000."""
-    generator.eval()
-    low = 0.0 if any(isinstance(part, nn.Sigmoid) for part in generator.modules()) else -1.0
-    return torch.cat([to_pixels(generator(part), (low, 1.0)) for part in latents.split(GENERATION_BATCH)])
+def render(generator: nn.Module, latents: Tensor, value_range: tuple[float, float]) -> Tensor:
+    """uint8 pixels (N, C, H, W) of latents (N, latent_size), in evaluation mode and in parts of 1,000."""
+    with evaluating(generator):
+        return torch.cat([to_pixels(generator(part), value_range) for part in latents.split(GENERATION_BATCH)])
 
 
 def _make_gac(config: Config, generator: nn.Module, discriminator: nn.Module, accelerator: Accelerator) -> GAC:
@@ -150,7 +152,6 @@ def _make_gac(config: Config, generator: nn.Module, discriminator: nn.Module, ac
     else:
         generator_optimizer = torch.optim.Adam(generator.parameters(), config.lr_generator, betas)
     discriminator_optimizer = torch.optim.Adam(discriminator.parameters(), config.lr_discriminator, betas)
-    penalized = config.r1 > 0 or config.r2 > 0
     prepared = accelerator.prepare(generator, discriminator, generator_optimizer, discriminator_optimizer)
     generator, discriminator, generator_optimizer, discriminator_optimizer = prepared
     return GAC(
@@ -160,7 +161,7 @@ def _make_gac(config: Config, generator: nn.Module, discriminator: nn.Module, ac
         discriminator_optimizer,
         loss=config.loss,
         score=config.score,
-        penalty=GradientPenalty(config.r1, config.r2, config.penalty_interval) if penalized else None,
+        penalty=GradientPenalty(config.r1, config.r2, config.penalty_interval),
         schedule=config.schedule,
         accelerator=accelerator,
         latent=config.latent_size,
@@ -188,8 +189,10 @@ class _Journal:
             write_json(self.folder / MARK, config.to_json())
         self.latest.update(stats)
         if step % config.sample_every == 0 or step == config.steps:
-            write_grid(self.folder / "samples" / f"step-{step:07d}.png", render(self.generator, self.latents))
-            self.generator.train()
+            write_grid(
+                self.folder / "samples" / f"step-{step:07d}.png",
+                render(self.generator, self.latents, config.value_range),
+            )
         if step > 1 and step % config.log_every and step != config.steps:
             return None
         values = dict(zip(self.latest, torch.stack([v.float() for v in self.latest.values()]).tolist(), strict=True))

@@ -10,7 +10,7 @@ from torch import nn
 
 from gac_plugin.errors import UsageError, resolve
 from gac_plugin.protocols import Adapter
-from gac_plugin.training.config import Config
+from gac_plugin.training.config import OUTPUT_RANGES, Config
 
 GROUP = "gac_plugin.adapters"
 SMALL_SAMPLE = 1024
@@ -28,6 +28,16 @@ class Recipe:
 
     adapter: str
     arguments: dict[str, Any]
+
+    @property
+    def latent_size(self) -> int:
+        """Size of a latent."""
+        return self.arguments["latent_size"]
+
+    @property
+    def value_range(self) -> tuple[float, float]:
+        """Lowest and highest value of a sample."""
+        return OUTPUT_RANGES[self.arguments["output"]]
 
     def generator(self) -> nn.Module:
         """A generator with fresh weights; see `_build`."""
