@@ -105,8 +105,8 @@ def keep_visible(v: Tensor) -> Tensor:
     In the fused schedule one backward pass, weighted with v, serves both networks: its input gradient v_i dl/dx is
     divided by v_i again. A sample that D's loss ignores (hinge beyond its margin, a saturated sigmoid) would be lost.
     With this weight, 1e-19 in float32, it comes through to full precision, and what it adds to D's gradient is far
-    below rounding. Only where D's loss ignores the whole batch is there nothing else in that gradient: an optimizer that
-    steps by its sign alone would then move D, and Adam's or `spectral`'s eps keeps it still.
+    below rounding. Only where D's loss ignores the whole batch is there nothing else in that gradient: an optimizer
+    that steps by its sign alone would then move D; the eps of Adam and of `spectral` keeps it still.
     """
     floor = torch.finfo(v.dtype).tiny ** 0.5
     return torch.where(v.abs() < floor, torch.full_like(v, floor), v)

@@ -48,6 +48,8 @@ def test_every_setting_has_a_help_text():
         ({"steps": 0}, "--steps must be at least 1, got 0"),
         ({"batch_size": -3}, "--batch-size must be at least 1, got -3"),
         ({"ema": 1.0}, "--ema must be below 1, got 1.0"),
+        ({"seed": 2**32}, "--seed must be below 4294967296"),
+        ({"evaluation_samples": 3}, "--evaluation-samples must be 0 or at least 8, got 3"),
         ({"steps": "many"}, "steps must be of type int, got 'many'"),
         ({"steps": True}, "steps must be of type int, got True"),
         ({"cpu": 1}, "cpu must be of type bool, got 1"),

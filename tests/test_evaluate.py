@@ -78,9 +78,10 @@ def test_labelled_data_give_a_classifier_s_features_the_same_each_time():
     assert torch.equal(a, b)
 
 
-def test_data_without_labels_give_principal_components():
+@pytest.mark.parametrize("label", [None, 0, -1], ids=["no labels", "one class", "labels withheld"])
+def test_data_without_labels_to_learn_give_principal_components(label):
     pixels = torch.randint(0, 256, (40, 1, 4, 4), dtype=torch.uint8)
-    images = Images(pixels, None, "train")
+    images = Images(pixels, None if label is None else torch.full((40,), label), "train")
     features = make_features(images, images, seed=0, device=torch.device("cpu"))
     assert features.name == "16 principal components of the pixels in [0, 1]"
     extracted = features.extract(pixels).double()

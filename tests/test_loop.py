@@ -1,6 +1,7 @@
 """The main job end to end, small: what a run leaves behind, that it repeats, and that it goes through Accelerate."""
 
 import json
+from dataclasses import replace
 
 import datasets
 import numpy as np
@@ -125,6 +126,17 @@ def test_divergence_is_said_and_the_run_kept(tmp_path):
         train(make_config({**settings, "output_dir": str(tmp_path / "run"), "cpu": True}))
     last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     assert None in last.values()
+
+
+def test_too_few_images_to_evaluate_against_are_said_before_training(tmp_path):
+    pictures = [Picture.new("L", (8, 8), 10 * level) for level in range(5)]
+    rows = datasets.Dataset.from_dict({"image": pictures}, features=datasets.Features({"image": datasets.Image()}))
+    rows.to_parquet(tmp_path / "data" / "train.parquet")
+    config = Config(dataset=str(tmp_path / "data"), output_dir=str(tmp_path / "run"), batch_size=5, steps=2, cpu=True)
+    with pytest.raises(UsageError, match=r"5 images in split 'train' are too few .* pass --evaluation-samples 0"):
+        train(config)
+    assert not (tmp_path / "run").exists()
+    assert train(replace(config, evaluation_samples=0)).evaluation is None
 
 
 def test_a_run_on_data_that_do_not_suit_leaves_no_folder(tmp_path):

@@ -16,6 +16,7 @@ from gac_plugin.metric import METRICS
 from gac_plugin.strategy import SCHEDULES
 
 EMBEDDED = "digits"
+FEWEST_TO_EVALUATE = 8
 OPTIMIZERS = ("conjugate", "adam")
 OUTPUT_RANGES = {"tanh": (-1.0, 1.0), "sigmoid": (0.0, 1.0)}
 
@@ -90,9 +91,13 @@ class Config:
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value >= least):
                 raise UsageError(f"{_flag(name)} must be at least {least}, got {value}")
-        for name in ("beta1", "beta2", "ema"):
-            if getattr(self, name) >= 1:
-                raise UsageError(f"{_flag(name)} must be below 1, got {getattr(self, name)}")
+        for name, limit in (("beta1", 1), ("beta2", 1), ("ema", 1), ("seed", 2**32)):
+            if getattr(self, name) >= limit:
+                raise UsageError(f"{_flag(name)} must be below {limit}, got {getattr(self, name)}")
+        if 0 < self.evaluation_samples < FEWEST_TO_EVALUATE:
+            raise UsageError(
+                f"--evaluation-samples must be 0 or at least {FEWEST_TO_EVALUATE}, got {self.evaluation_samples}"
+            )
 
     @property
     def value_range(self) -> tuple[float, float]:

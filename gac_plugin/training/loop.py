@@ -24,7 +24,7 @@ from gac_plugin.cotangent import evaluating
 from gac_plugin.errors import UsageError
 from gac_plugin.penalties import GradientPenalty
 from gac_plugin.strategy import GAC, Stats
-from gac_plugin.training.config import Config
+from gac_plugin.training.config import FEWEST_TO_EVALUATE, Config
 from gac_plugin.training.data import batches, load_images, to_pixels
 from gac_plugin.training.evaluate import Evaluation, evaluate, make_features
 from gac_plugin.training.files import MARK, next_run, run_folder, write_grid, write_json
@@ -68,6 +68,11 @@ def train(config: Config) -> Result:
     main = accelerator.is_main_process
     with run_folder(path, config.overwrite) if main else nullcontext(path) as folder:
         real, test = load_images(config)
+        if config.evaluation_samples and len(test.pixels) < FEWEST_TO_EVALUATE:
+            raise UsageError(
+                f"{len(test.pixels)} images in split {test.split!r} are too few to evaluate against; "
+                "pass --evaluation-samples 0, or another --test-split"
+            )
         recipe = choose_recipe(config, real.sample_shape)
         generator, discriminator = recipe.generator(), recipe.discriminator()
         gac = _make_gac(config, generator, discriminator, accelerator)
