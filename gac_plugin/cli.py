@@ -23,6 +23,7 @@ from gac_plugin.training.loop import generate
 from gac_plugin.training.networks import adapter_names, find_adapter
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+MOST_SAMPLES = 100_000
 LIBRARIES = ("torch", "accelerate", "datasets", "timm", "safetensors", "huggingface_hub", "numpy", "pillow")
 
 
@@ -63,15 +64,19 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _sample(arguments: argparse.Namespace) -> None:
-    for name, value in (("--n", arguments.n), ("--columns", arguments.columns)):
-        if value is not None and value < 1:
-            raise UsageError(f"{name} must be at least 1, got {value}")
+    for name, value, least, most in (
+        ("--n", arguments.n, 1, MOST_SAMPLES),
+        ("--columns", arguments.columns or 1, 1, MOST_SAMPLES),
+        ("--seed", arguments.seed, 0, 2**32 - 1),
+    ):
+        if not least <= value <= most:
+            raise UsageError(f"{name} must be between {least} and {most}, got {value}")
     out = Path(arguments.out)
     if out.suffix.lower() not in PICTURES:
         raise UsageError(f"--out must end in one of {', '.join(PICTURES)}; got {arguments.out!r}")
     recipe = read_recipe(network_folder(arguments.model, "generator"))
     pixels = generate(load_generator(arguments.model), recipe, arguments.n, arguments.seed)
-    write_grid(out, pixels, arguments.columns)
+    write_grid(out, pixels, min(arguments.columns, arguments.n) if arguments.columns else None)
     print(f"{arguments.n} samples in {out}")
 
 

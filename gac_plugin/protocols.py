@@ -58,8 +58,12 @@ class Logits:
             )
         if not self.probability:
             return answer
-        # log(p / (1 - p)), kept finite where a sigmoid has rounded to 0 or 1
-        return torch.logit(answer, eps=torch.finfo(answer.dtype).eps)
+        # l = log p - log(1 - p). p stays off 1 by what its type can tell apart, and off 0 by as much as keeps 1/p^2, in
+        # a penalty's double backward pass, finite: a rounded sigmoid gives a finite logit and no gradient
+        p = answer.float() if answer.dtype in (torch.float16, torch.bfloat16) else answer
+        limits = torch.finfo(p.dtype)
+        p = p.clamp(limits.tiny**0.5, 1 - limits.eps / 2)
+        return p.log() - torch.log1p(-p)
 
 
 def latent_sampler(latent: LatentSource | None, generator: nn.Module) -> Callable[[Tensor], Any] | None:

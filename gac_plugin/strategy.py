@@ -118,6 +118,8 @@ class GAC:
         self._checked = False
         if schedule == "fused":
             require_no_batch_norm(discriminator)
+            if getattr(accelerator, "mixed_precision", None) == "fp16":
+                raise UsageError("the fused schedule needs the range of float32 or bf16; use mixed_precision='bf16'")
 
     def step(self, real: Tensor, z: Any = None, **conditions: Any) -> Stats:
         """One step of both networks.
@@ -182,6 +184,7 @@ class GAC:
 
         Returns:
             A tensor of the shape of `fake`. For a map of patch logits the score of a sample is the mean over its map.
+            D runs in the mode it is in: put it in evaluation mode first where batch norm's averages are to stay.
         """
         covector, _ = self._covector(fake, real, conditions, lambda values: per_sample_mean(values).sum())
         return -covector
@@ -260,8 +263,10 @@ class GAC:
         self, fake: Tensor, real: Tensor | None, conditions: Mapping[str, Any], reduce: Callable[[Tensor], Tensor]
     ) -> tuple[Tensor, Tensor]:
         """The covector of the generator's reduced loss at the samples, D frozen, and that loss."""
-        if self._paired and real is None:
-            raise UsageError(f"the loss {self.loss.name!r} pairs real with generated samples; pass real= as well")
+        if self._paired:
+            if real is None:
+                raise UsageError(f"the loss {self.loss.name!r} pairs real with generated samples; pass real= as well")
+            require_alike(real, fake)
         with frozen(self.discriminator):
             with torch.no_grad():
                 real_logits = self._logits(real, conditions) if self._paired and real is not None else None

@@ -162,3 +162,26 @@ def test_a_data_set_smaller_than_a_batch_is_refused():
     pixels = torch.zeros(10, 1, 1, 1, dtype=torch.uint8)
     with pytest.raises(UsageError, match="10 images, fewer than one batch of 24; pass a --batch-size of at most 5"):
         next(batches(pixels, 12, (0.0, 1.0), seed=0, processes=2))
+
+
+def test_sixteen_bit_pictures_keep_their_upper_byte(tmp_path):
+    levels = np.random.default_rng(0).integers(0, 65536, (6, 8), dtype=np.uint16)
+    Picture.fromarray(levels).save(tmp_path / "a.png")
+    np.testing.assert_array_equal(load_images(Config(dataset=str(tmp_path)))[0].pixels[0, 0].numpy(), levels // 256)
+
+
+def test_one_colour_picture_makes_a_colour_data_set(tmp_path):
+    pictures = [picture(), picture(mode="RGB")]
+    source = write_data_set(tmp_path, {"image": pictures}, {"image": datasets.Image()})
+    write_data_set(tmp_path, {"image": pictures[:1]}, {"image": datasets.Image()}, split="test")
+    train, test = load_images(Config(dataset=source))
+    assert train.pixels.shape == (2, 3, 6, 8)
+    assert test.pixels.shape == (1, 3, 6, 8)
+    np.testing.assert_array_equal(train.pixels[1].permute(1, 2, 0).numpy(), np.asarray(pictures[1]))
+    assert all((train.pixels[0, c].numpy() == np.asarray(pictures[0])).all() for c in range(3))
+
+
+def test_a_file_is_not_a_data_set(tmp_path):
+    picture().save(tmp_path / "a.png")
+    with pytest.raises(UsageError, match=r"is a file; give the folder"):
+        dataset_path(str(tmp_path / "a.png"))

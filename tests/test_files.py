@@ -6,7 +6,7 @@ import torch
 from PIL import Image as Picture
 
 from gac_plugin.errors import UsageError
-from gac_plugin.training.files import GAP, MARK, next_run, run_folder, write_grid, write_json, write_whole
+from gac_plugin.training.files import GAP, MARK, clear_run, next_run, run_folder, write_grid, write_json, write_whole
 
 
 def test_a_file_appears_whole(tmp_path):
@@ -72,7 +72,9 @@ def test_a_folder_that_holds_a_run_is_replaced_only_when_told(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(UsageError, match="holds a run already"), run_folder(tmp_path, overwrite=False):
         pass
-    with run_folder(tmp_path, overwrite=True):
+    with run_folder(tmp_path, overwrite=True) as folder:
+        assert (tmp_path / "metrics.jsonl").exists(), "the old run stays until the new one works"
+        clear_run(folder)
         assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"], "files that are not the run's stay"
 
 

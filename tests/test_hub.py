@@ -83,8 +83,12 @@ def test_weights_that_do_not_fit_are_an_error(saved, change):
     [
         ({}, "does not describe a network"),
         ({"adapter": "mlp", "output": "relu"}, "does not describe a network"),
-        ({"adapter": "nowhere", "output": "tanh"}, "unknown adapter 'nowhere'"),
-        ({"adapter": "mlp", "output": "tanh", "layers": 3}, "cannot build the network"),
+        ({"adapter": "mlp", **RECIPE.arguments, "output": ["tanh"]}, "output missing or wrong"),
+        ({"adapter": "mlp", **RECIPE.arguments, "sample_shape": [4, 4]}, "sample_shape missing or wrong"),
+        ({"adapter": "mlp", **RECIPE.arguments, "sample_shape": [1, -4, -4]}, "sample_shape missing or wrong"),
+        ({"adapter": "dcgan", **RECIPE.arguments, "depth": 0}, "depth missing or wrong"),
+        ({"adapter": "nowhere", **RECIPE.arguments}, "unknown adapter 'nowhere'"),
+        ({"adapter": "mlp", **RECIPE.arguments, "layers": 3}, "cannot build the network"),
     ],
 )
 def test_a_description_that_does_not_build_a_network_is_an_error(saved, settings, message):

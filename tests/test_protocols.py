@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from gac_plugin import UsageError
+from gac_plugin import GAC, UsageError
 from gac_plugin.protocols import Logits, latent_sampler
 
 
@@ -91,3 +91,17 @@ def test_the_generators_own_nz_is_used_where_no_latent_is_given():
     generator.nz = 6
     assert latent_sampler(None, generator)(SAMPLES).shape == (3, 6)
     assert latent_sampler(2, generator)(SAMPLES).shape == (3, 2)
+
+
+@pytest.mark.parametrize("bias", [-80.0, -20.0, 0.0, 20.0, 80.0])
+@pytest.mark.parametrize("penalty", [None, "r1+r2"])
+def test_a_saturated_probability_never_spoils_a_weight(bias, penalty):
+    generator, discriminator = nn.Linear(4, 3), nn.Sequential(nn.Linear(3, 1), nn.Sigmoid())
+    discriminator[0].bias.data.fill_(bias)
+    optimizers = [torch.optim.SGD(network.parameters(), 0.0) for network in (generator, discriminator)]
+    gac = GAC(generator, discriminator, *optimizers, latent=4, output="probability", penalty=penalty)
+    gac.step(torch.randn(8, 3))
+    assert all(torch.isfinite(p.grad).all() for p in (*generator.parameters(), *discriminator.parameters()))
+    if -80 < bias < 0:  # D is sure and its sigmoid has not rounded: -log D still pulls with weight 1
+        expected = -discriminator[0].weight.detach()[0]
+        torch.testing.assert_close(generator.bias.grad, expected, rtol=1e-4, atol=1e-6)

@@ -1,7 +1,6 @@
 """The one description of a run: flags, a JSON file and Python all make a `Config`."""
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from difflib import get_close_matches
@@ -89,11 +88,17 @@ class Config:
                 resolve(getattr(self, name), table, kind)
         for name, least in _LEAST.items():
             value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value >= least):
-                raise UsageError(f"{_flag(name)} must be at least {least}, got {value}")
-        for name, limit in (("beta1", 1), ("beta2", 1), ("ema", 1), ("seed", 2**32)):
+            if value is not None and not least <= value < 2**32:
+                raise UsageError(f"{_flag(name)} must be at least {least} and below 2^32, got {value}")
+        for name, limit in (("beta1", 1), ("beta2", 1), ("ema", 1)):
             if getattr(self, name) >= limit:
                 raise UsageError(f"{_flag(name)} must be below {limit}, got {getattr(self, name)}")
+        if self.schedule == "fused" and self.mixed_precision == "fp16":
+            raise UsageError("--schedule fused needs the range of float32 or bf16; pass --mixed-precision bf16")
+        if self.optimizer == "adam" and self.rule != "none":
+            raise UsageError(f"--rule {self.rule} needs --optimizer conjugate; torch's adam takes no rule")
+        if not self.dataset:
+            raise UsageError("--dataset is empty; give a folder, the name of a data set on the Hub, or 'digits'")
         if 0 < self.evaluation_samples < FEWEST_TO_EVALUATE:
             raise UsageError(
                 f"--evaluation-samples must be 0 or at least {FEWEST_TO_EVALUATE}, got {self.evaluation_samples}"
@@ -105,8 +110,8 @@ class Config:
         return OUTPUT_RANGES[self.output]
 
     def to_json(self) -> dict[str, Any]:
-        """Field names and JSON values."""
-        return asdict(self)
+        """Field names and JSON values of everything but where the run goes, so that it can be run again elsewhere."""
+        return {name: value for name, value in asdict(self).items() if name not in ("output_dir", "overwrite")}
 
 
 _LEAST: dict[str, float] = {
@@ -169,7 +174,7 @@ def read_config(file: str | Path) -> dict[str, Any]:
     """
     try:
         values = json.loads(Path(file).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"cannot read the settings in {file}: {error}") from error
     if not isinstance(values, dict):
         raise UsageError(f"{file} must hold a JSON object of settings, got a {type(values).__name__}")

@@ -5,7 +5,7 @@ on the training device, so that data is never what a step waits for.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from itertools import count
 from pathlib import Path
@@ -19,7 +19,7 @@ from torch import Tensor
 from gac_plugin.errors import UsageError
 from gac_plugin.training.config import EMBEDDED, Config
 
-GREY_MODES = {"1", "L", "LA", "I", "F", "I;16"}
+GREY_MODES = {"1", "L", "LA"}
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,7 @@ def load_images(config: Config) -> tuple[Images, Images]:
     if config.test_split not in splits or config.test_split == config.split:
         return train, train
     test = _decode(splits[config.test_split], config, config.test_split)
+    train, test = _in_colour_if_either(train, test)
     if train.sample_shape != test.sample_shape:
         raise UsageError(
             f"images of the splits {config.split!r} and {config.test_split!r} differ in shape: {train.sample_shape} "
@@ -73,6 +74,8 @@ def dataset_path(dataset: str) -> str:
     if dataset == EMBEDDED:
         return str(files("gac_plugin") / "digits")
     local = Path(dataset).expanduser()
+    if local.is_file():
+        raise UsageError(f"{dataset!r} is a file; give the folder that holds the data set")
     if local.is_dir():
         return str(local)
     if dataset.startswith((".", "/", "~")) or dataset.count("/") > 1:
@@ -101,7 +104,6 @@ def _decode(rows: Dataset, config: Config, split: str) -> Images:
     feature = rows.features[column]
     stored = rows.select_columns(column).cast_column(column, type(feature)(decode=False))
     decoded: list[np.ndarray] = []
-    mode = ""
     for index, row in enumerate(stored):
         try:
             picture = feature.decode_example(row[column])
@@ -109,14 +111,38 @@ def _decode(rows: Dataset, config: Config, split: str) -> Images:
             raise UsageError(
                 f"image {index} of split {split!r} cannot be decoded: {_first_line(error)}; remove the row or repair it"
             ) from error
-        mode = mode or ("L" if picture.mode in GREY_MODES else "RGB")
-        decoded.append(np.asarray(_resized(picture.convert(mode), config.image_size)))
-        if decoded[-1].shape != decoded[0].shape:
+        decoded.append(np.asarray(_resized(_eight_bit(picture, index), config.image_size)))
+        if decoded[-1].shape[:2] != decoded[0].shape[:2]:
             first, other = ("x".join(map(str, a.shape[:2])) for a in (decoded[0], decoded[-1]))
             raise UsageError(f"images differ in size: {first} and {other} (image {index}); pass --image-size N")
+    if any(image.ndim == 3 for image in decoded):
+        decoded = [image if image.ndim == 3 else np.repeat(image[..., None], 3, axis=2) for image in decoded]
     stack = torch.from_numpy(np.stack(decoded))
-    pixels = stack.unsqueeze(1) if mode == "L" else stack.permute(0, 3, 1, 2).contiguous()
+    pixels = stack.unsqueeze(1) if stack.dim() == 3 else stack.permute(0, 3, 1, 2).contiguous()
     return Images(pixels, _labels(rows), split)
+
+
+def _eight_bit(picture: Picture.Image, index: int) -> Picture.Image:
+    """Grey pictures as mode L, 16-bit ones by their upper byte; all others as RGB."""
+    if picture.mode.startswith("I;16"):
+        return Picture.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+    if picture.mode in ("I", "F"):
+        raise UsageError(
+            f"image {index} has pixels of mode {picture.mode!r}, whose range is unknown; store 8 or 16 bits"
+        )
+    return picture.convert("L" if picture.mode in GREY_MODES else "RGB")
+
+
+def _in_colour_if_either(a: Images, b: Images) -> tuple[Images, Images]:
+    channels = max(a.pixels.shape[1], b.pixels.shape[1])
+    grown = (
+        images
+        if images.pixels.shape[1] == channels
+        else replace(images, pixels=images.pixels.repeat(1, channels, 1, 1))
+        for images in (a, b)
+    )
+    first, second = grown
+    return first, second
 
 
 def _image_column(rows: Dataset, wanted: str | None) -> str:

@@ -41,6 +41,8 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
             Path(name).unlink(missing_ok=True)
     except OSError as error:
         raise UsageError(f"cannot write {path}: {error.strerror or error}; choose a folder you can write to") from error
+    except (ValueError, OverflowError, SystemError) as error:
+        raise UsageError(f"cannot write {path}: {error}") from error
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -80,7 +82,7 @@ def run_folder(path: Path, overwrite: bool) -> Iterator[Path]:
 
     Args:
         path: the folder; its parents are made.
-        overwrite: replace a run that stands there. Anything else in the folder is never touched.
+        overwrite: accept a folder that holds a run; `clear_run` takes the old one away once the new one works.
 
     Raises:
         UsageError: the folder holds a run or other files, or cannot be written.
@@ -92,10 +94,6 @@ def run_folder(path: Path, overwrite: bool) -> Iterator[Path]:
                 raise UsageError(f"{path} is not empty and holds no run; choose another --output-dir")
             if not overwrite:
                 raise UsageError(f"{path} holds a run already; choose another --output-dir, or pass --overwrite")
-            for part in ("samples", "generator", "discriminator"):
-                shutil.rmtree(path / part, ignore_errors=True)
-            for part in ("metrics.jsonl", "evaluation.json", MARK):
-                (path / part).unlink(missing_ok=True)
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
             pass
@@ -109,6 +107,14 @@ def run_folder(path: Path, overwrite: bool) -> Iterator[Path]:
         for folder in missing:
             _remove_if_empty(folder)
         raise
+
+
+def clear_run(folder: Path) -> None:
+    """Take away the files of a run that stands in the folder; anything else in it is never touched."""
+    for part in ("samples", "generator", "discriminator"):
+        shutil.rmtree(folder / part, ignore_errors=True)
+    for part in ("metrics.jsonl", "evaluation.json", MARK):
+        (folder / part).unlink(missing_ok=True)
 
 
 def next_run(name: str) -> Path:

@@ -1,5 +1,6 @@
 """Networks on disk: safetensors for the weights, JSON for how to build them. Nothing is unpickled."""
 
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -51,8 +52,9 @@ def network_folder(path: str | Path, kind: str) -> Path:
         UsageError: neither holds weights.
     """
     for folder in (Path(path) / kind, Path(path)):
-        if (folder / WEIGHTS).is_file():
-            return folder
+        with suppress(OSError):  # a name that the file system does not take
+            if (folder / WEIGHTS).is_file():
+                return folder
     raise UsageError(f"no {kind} in {str(path)!r}: neither it nor its folder {kind!r} holds {WEIGHTS}")
 
 
@@ -64,9 +66,24 @@ def read_recipe(folder: Path) -> Recipe:
     """
     values = read_config(folder / RECIPE)
     arguments = {name: value for name, value in values.items() if name not in ("library_name", "adapter")}
-    if not isinstance(values.get("adapter"), str) or values.get("output") not in OUTPUT_RANGES:
-        raise UsageError(f"{folder / RECIPE} does not describe a network: it needs 'adapter' and 'output'")
+    shape = values.get("sample_shape")
+    well_formed = {
+        "adapter": isinstance(values.get("adapter"), str),
+        "output": values.get("output") in list(OUTPUT_RANGES),
+        "sample_shape": isinstance(shape, list)
+        and len(shape) == 3
+        and all(map(_is_size, shape))
+        and shape[0] in (1, 3),
+        **{name: _is_size(values.get(name)) for name in ("latent_size", "width", "depth")},
+    }
+    wrong = [name for name, right in well_formed.items() if not right]
+    if wrong:
+        raise UsageError(f"{folder / RECIPE} does not describe a network: {', '.join(wrong)} missing or wrong")
     return Recipe(values["adapter"], arguments)
+
+
+def _is_size(value: object) -> bool:
+    return type(value) is int and 1 <= value < 2**31
 
 
 def _load(folder: Path, network: nn.Module) -> nn.Module:

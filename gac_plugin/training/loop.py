@@ -27,7 +27,7 @@ from gac_plugin.strategy import GAC, Stats
 from gac_plugin.training.config import FEWEST_TO_EVALUATE, Config
 from gac_plugin.training.data import batches, load_images, to_pixels
 from gac_plugin.training.evaluate import Evaluation, evaluate, make_features
-from gac_plugin.training.files import MARK, next_run, run_folder, write_grid, write_json
+from gac_plugin.training.files import MARK, clear_run, next_run, run_folder, write_grid, write_json
 from gac_plugin.training.hub import save_network
 from gac_plugin.training.networks import Recipe, choose_recipe
 
@@ -191,6 +191,7 @@ class _Journal:
         """Take a step's statistics; on the steps where they are written, return them as text."""
         config = self.config
         if step == 1:  # nothing is written before a first step has gone through
+            clear_run(self.folder)
             write_json(self.folder / MARK, config.to_json())
         self.latest.update(stats)
         if step % config.sample_every == 0 or step == config.steps:

@@ -55,8 +55,11 @@ class Recipe:
         """
         try:
             return builder(**self.arguments)
-        except (TypeError, RuntimeError) as error:
-            raise UsageError(f"cannot build the network of adapter {self.adapter!r}: {error}") from error
+        except UsageError:
+            raise
+        except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+            reason = str(error).splitlines()[0]
+            raise UsageError(f"cannot build the network of adapter {self.adapter!r}: {reason}") from error
 
 
 def adapter_names() -> list[str]:
