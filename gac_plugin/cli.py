@@ -66,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
 def _sample(arguments: argparse.Namespace) -> None:
     for name, value, least, most in (
         ("--n", arguments.n, 1, MOST_SAMPLES),
-        ("--columns", arguments.columns or 1, 1, MOST_SAMPLES),
+        ("--columns", 1 if arguments.columns is None else arguments.columns, 1, MOST_SAMPLES),
         ("--seed", arguments.seed, 0, 2**32 - 1),
     ):
         if not least <= value <= most:

@@ -124,6 +124,7 @@ def test_an_output_folder_that_cannot_be_written_is_one_line(tmp_path, capsys):
     [
         (["nowhere"], "no generator in 'nowhere'"),
         (["RUN", "--n", "0"], "--n must be between 1 and 100000, got 0"),
+        (["RUN", "--columns", "0"], "--columns must be between 1 and 100000, got 0"),
         (["RUN", "--out", "grid.txt"], r"--out must end in one of \.png.*; got 'grid\.txt'"),
         (["RUN", "--out", "FILE/grid.png"], r"cannot write .*grid\.png: .*; choose a folder you can write to"),
     ],

@@ -1,5 +1,7 @@
 """Foreign discriminators and latents brought to one interface."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -105,3 +107,20 @@ def test_a_saturated_probability_never_spoils_a_weight(bias, penalty):
     if -80 < bias < 0:  # D is sure and its sigmoid has not rounded: -log D still pulls with weight 1
         expected = -discriminator[0].weight.detach()[0]
         torch.testing.assert_close(generator.bias.grad, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_half_precision_accelerator_is_refused_for_the_fused_schedule():
+    networks = nn.Linear(4, 3), nn.Linear(3, 1)
+    optimizers = [torch.optim.SGD(network.parameters(), 0.1) for network in networks]
+    accelerator = SimpleNamespace(mixed_precision="fp16", backward=lambda loss: loss.backward())
+    with pytest.raises(UsageError, match="use mixed_precision='bf16'"):
+        GAC(*networks, *optimizers, schedule="fused", accelerator=accelerator)
+    GAC(*networks, *optimizers, accelerator=accelerator)
+
+
+def test_a_paired_loss_refuses_real_samples_of_another_batch_size():
+    networks = nn.Linear(4, 3), nn.Linear(3, 1)
+    optimizers = [torch.optim.SGD(network.parameters(), 0.1) for network in networks]
+    gac = GAC(*networks, *optimizers, loss="relativistic")
+    with pytest.raises(UsageError, match=r"differ in shape: \(1, 3\) and \(8, 3\)"):
+        gac.generator_step(networks[0](torch.randn(8, 4)), real=torch.randn(1, 3))
