@@ -6,10 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
 
-from gac_plugin.cotangent import evaluating
+from gac_plugin.cotangent import evaluating, sharded_parts
 from gac_plugin.errors import UsageError
-from gac_plugin.protocols import Logits
+from gac_plugin.penalties import GradientPenalty
+from gac_plugin.protocols import Backward, Logits
 
 
 def require_alike(real: Tensor, fake: Tensor) -> None:
@@ -47,17 +49,66 @@ def require_finite(tensors: Mapping[str, Tensor]) -> None:
             )
 
 
-def require_range(logits: Tensor) -> None:
-    """Refuse float16 logits for the fused schedule: the small weights of `keep_visible` would round to zero.
+def require_range(precision: torch.dtype | str | None) -> None:
+    """Refuse float16 for the fused schedule: the small weights of `keep_visible` would round to zero.
+
+    Args:
+        precision: type of the discriminator's logits, or accelerate's name of its mixed precision, under which logits
+            come out as float32 whatever they were computed in.
 
     Raises:
-        UsageError: the logits are float16.
+        UsageError: the logits are computed in float16.
     """
-    if logits.dtype == torch.float16:
+    if precision in (torch.float16, "fp16"):
         raise UsageError(
             "the fused schedule needs the range of float32 or bfloat16, and the logits are float16; "
             "use mixed precision bf16, or schedule='fresh'"
         )
+
+
+def require_right_gradients(
+    generator: nn.Module, discriminator: nn.Module, accelerator: Backward | None, penalty: GradientPenalty | None
+) -> None:
+    """Refuse what would give gradients that are wrong without a word, or fail in the middle of the first step.
+
+    Raises:
+        UsageError: DeepSpeed, Megatron-LM or FSDP1; networks that several processes do not share; DDP with a static
+            graph; a compiled discriminator with a gradient penalty.
+    """
+    engine = str(getattr(accelerator, "distributed_type", ""))
+    for name in ("DEEPSPEED", "MEGATRON_LM"):
+        if name in engine:
+            raise UsageError(
+                f"GAC does not run under {name}: its engine owns one network and one optimizer, and a GAN has two of "
+                "each; launch with DDP (accelerate launch --multi_gpu)"
+            )
+    for role, network in (("generator", generator), ("discriminator", discriminator)):
+        parts = list(network.modules())
+        if any(isinstance(part, DistributedDataParallel) and part.static_graph for part in parts):
+            raise UsageError(
+                f"the {role} is wrapped with static_graph=True, under which a GAN step's gradients are silently wrong; "
+                "leave it out of DistributedDataParallelKwargs"
+            )
+        if any(type(part).__name__ == "FullyShardedDataParallel" for part in parts):
+            raise UsageError(
+                f"the {role} is wrapped in FullyShardedDataParallel (FSDP1), under which inner products miss the other "
+                "processes' shards and D cannot be frozen; use fully_shard (accelerate: fsdp_version=2)"
+            )
+        shared = any(isinstance(part, DistributedDataParallel) for part in parts) or sharded_parts(network)
+        if getattr(accelerator, "num_processes", 1) > 1 and not shared:
+            raise UsageError(
+                f"the {role} is not shared between the processes, and each would train its own; pass both networks and "
+                "both optimizers through accelerator.prepare, and give GAC what it returns"
+            )
+    if penalty is not None and (penalty.r1 > 0 or penalty.r2 > 0) and any(map(_is_compiled, discriminator.modules())):
+        raise UsageError(
+            "a gradient penalty needs second derivatives, which a compiled discriminator does not have; pass the "
+            "discriminator before torch.compile, or penalty=None"
+        )
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
 
 
 def require_no_batch_norm(discriminator: nn.Module) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from gac_plugin.betas import BETAS, BetaRule, InnerProducts, conjugate_beta
 from gac_plugin.errors import UsageError, known_name, resolve
 from gac_plugin.metric import METRICS, Metric, Sharp
-from gac_plugin.tensors import inner, inner_parts, total
+from gac_plugin.tensors import copy_, inner, inner_parts, total
 
 State = dict[str, Any]
 
@@ -132,9 +132,9 @@ def _kept(blocks: Sequence[Block], entry: str) -> list[Any]:
 
 
 def _remember(block: Block, u: list[Tensor], rule: BetaRule) -> None:
-    torch._foreach_copy_(block.kept("inner"), inner_parts(block.covectors, u))
+    copy_(block.kept("inner"), inner_parts(block.covectors, u))
     if rule.uses_change:
-        torch._foreach_copy_(block.kept("covector"), block.covectors)
+        copy_(block.kept("covector"), block.covectors)
 
 
 class ConjugateGradient(torch.optim.Optimizer):

@@ -5,20 +5,40 @@ With a score s of the logit l (log D, D, l, ...), the covector of sample x_i and
     c_i = w_i dl/dx (x_i),  w = ds/dl            g = (1/B) sum_i J_i^T c_i,  J_i = d G(z_i) / d theta
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gac_plugin.errors import UsageError
 from gac_plugin.losses import Loss, Objective
-from gac_plugin.protocols import Backward
+from gac_plugin.protocols import Backward, Scaler
+
+
+def sharded_parts(*modules: nn.Module) -> list[Any]:
+    """The parts of the modules that `torch.distributed.fsdp.fully_shard` has taken, known by their class's name."""
+    parts = (part for module in modules for part in module.modules())
+    return [part for part in parts if any(base.__name__ == "FSDPModule" for base in type(part).__mro__)]
+
+
+def reshard(parts: Sequence[Any]) -> None:
+    """Drop the gathered copies of sharded parameters: neither an optimizer's step nor a changed flag reaches them."""
+    for part in parts:
+        part.reshard()
 
 
 @contextmanager
-def frozen(*modules: nn.Module) -> Iterator[None]:
-    """Within the block no parameter of the modules takes part in autograd; their own flags come back afterwards."""
+def frozen(*modules: nn.Module, sharded: Sequence[Any] | None = None) -> Iterator[None]:
+    """Within the block no parameter of the modules takes part in autograd; their own flags come back afterwards.
+
+    Args:
+        modules: whose parameters.
+        sharded: their `sharded_parts`, where those are known already.
+    """
+    parts = sharded_parts(*modules) if sharded is None else sharded
+    reshard(parts)
     trainable = [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
     for parameter in trainable:
         parameter.requires_grad_(False)
@@ -27,6 +47,7 @@ def frozen(*modules: nn.Module) -> Iterator[None]:
     finally:
         for parameter in trainable:
             parameter.requires_grad_(True)
+        reshard(parts)
 
 
 @contextmanager
@@ -42,12 +63,16 @@ def evaluating(*modules: nn.Module) -> Iterator[None]:
             part.training = training
 
 
-def cotangent(objective: Callable[[Tensor], Tensor], samples: Tensor) -> tuple[Tensor, Tensor]:
+def cotangent(
+    objective: Callable[[Tensor], Tensor], samples: Tensor, scaler: Scaler | None = None
+) -> tuple[Tensor, Tensor]:
     """The covector of a scalar objective at the samples: one backward pass to the inputs alone.
 
     Args:
         objective: samples -> a 0-dimensional tensor. A sum over samples gives the covectors c_i; a mean, c_i / B.
         samples: shape (B, ...), floating point. The graph behind them is not entered.
+        scaler: multiplies the objective before the backward pass, so that a float16 network's small derivatives do not
+            round to zero; the covector is divided by the same factor.
 
     Returns:
         The covector, of the shape of `samples`, and the objective's value, 0-dimensional, detached.
@@ -55,7 +80,10 @@ def cotangent(objective: Callable[[Tensor], Tensor], samples: Tensor) -> tuple[T
     leaf = samples.detach().requires_grad_(True)
     with torch.enable_grad():
         value = objective(leaf)
-    return torch.autograd.grad(value, leaf)[0], value.detach()
+    if scaler is None:
+        return torch.autograd.grad(value, leaf)[0], value.detach()
+    covector = torch.autograd.grad(scaler.scale(value), leaf)[0]
+    return covector / scaler.scale(torch.ones_like(value.detach())), value.detach()
 
 
 def pullback(samples: Tensor, covector: Tensor, accelerator: Backward | None = None) -> None:

@@ -15,6 +15,10 @@ class UsageError(ValueError):
     """
 
 
+class SaidElsewhereError(UsageError):
+    """A mistake that another process of the same run tells: the command line is silent and exits with code 2."""
+
+
 def resolve(thing: str | Thing, table: Mapping[str, Thing], kind: str) -> Thing:
     """Return `table[thing]` if `thing` is a name, and `thing` itself if it is the object already.
 
@@ -48,6 +52,8 @@ def exit_code(command: Callable[[], None]) -> int:
     """
     try:
         command()
+    except SaidElsewhereError:
+        return 2
     except UsageError as error:
         sys.stderr.write(f"gac: error: {' '.join(str(error).split())}\n")
         return 2

@@ -11,6 +11,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from gac_plugin.tensors import on_whole
+
 
 class Sharp(Protocol):
     """u = M^-1 g over a list of tensors."""
@@ -87,7 +89,7 @@ class Spectral:
         self.eps = eps
 
     def __call__(self, covectors: list[Tensor]) -> list[Tensor]:
-        return [orthogonalise(covector, self.eps) for covector in covectors]
+        return [on_whole(lambda g: orthogonalise(g, self.eps), covector) for covector in covectors]
 
     def ascend_(self, points: list[Tensor], covectors: list[Tensor], rate: float) -> None:
         torch._foreach_add_(points, self(covectors), alpha=rate)

@@ -16,9 +16,19 @@ OUTPUTS = ("logit", "probability")
 
 
 class Backward(Protocol):
-    """The part of `accelerate.Accelerator` that GAC uses: gradient scaling and accumulation live behind it."""
+    """The part of `accelerate.Accelerator` that GAC cannot do without; gradient scaling and accumulation are behind it.
+
+    Where they are there, GAC also uses `sync_gradients`, `no_sync`, `scaler`, `unscale_gradients`, `mixed_precision`,
+    `distributed_type` and `num_processes`.
+    """
 
     def backward(self, loss: Tensor) -> None: ...
+
+
+class Scaler(Protocol):
+    """The part of `torch.amp.GradScaler` that a covector needs."""
+
+    def scale(self, outputs: Tensor) -> Tensor: ...
 
 
 class Logits:

@@ -22,13 +22,23 @@ from gac_plugin.checks import (
     require_independent_samples,
     require_no_batch_norm,
     require_range,
+    require_right_gradients,
 )
-from gac_plugin.cotangent import cotangent, frozen, keep_visible, logit_derivatives, pullback
+from gac_plugin.cotangent import (
+    cotangent,
+    frozen,
+    keep_visible,
+    logit_derivatives,
+    pullback,
+    reshard,
+    sharded_parts,
+)
 from gac_plugin.errors import UsageError, resolve
 from gac_plugin.losses import LOSSES, SCORES, Loss, Score, generator_objective
 from gac_plugin.penalties import PENALTIES, GradientPenalty, logit_gradient
 from gac_plugin.protocols import Backward, LatentSource, Logits, latent_sampler
 from gac_plugin.tensors import per_sample_mean, scale_samples
+from gac_plugin.update import Update, plain, spread, window_ends, without_synchronisation
 
 SCHEDULES = ("fresh", "fused")
 
@@ -79,9 +89,13 @@ class GAC:
         logits: picks the logits out of what the discriminator returns; None if it returns them alone.
         accelerator: an `accelerate.Accelerator` whose `prepare` made the networks and optimizers; None without one.
         latent: latent size, shape, or batch size -> latents; None asks the generator's `nz`, or pass z to `step`.
+        max_norm: bound on the norm of each network's gradient; None for none.
+        skip_nonfinite: leave out a step whose loss or gradient is not finite, in all processes together. It reads a
+            number on the host in every step; without it nothing does.
 
     Raises:
-        UsageError: an unknown name, or a discriminator that the fused schedule cannot serve.
+        UsageError: an unknown name, a discriminator that the fused schedule cannot serve, or a set-up of several
+            processes or of `torch.compile` under which gradients would be wrong.
     """
 
     def __init__(
@@ -98,6 +112,8 @@ class GAC:
         logits: Callable[[Any], Tensor] | None = None,
         accelerator: Backward | None = None,
         latent: LatentSource | None = None,
+        max_norm: float | None = None,
+        skip_nonfinite: bool = False,
     ) -> None:
         if schedule not in SCHEDULES:
             raise UsageError(f"unknown schedule {schedule!r}; choose one of: {', '.join(SCHEDULES)}")
@@ -114,12 +130,22 @@ class GAC:
         self._draw = latent_sampler(latent, generator)
         self._objective = generator_objective(self.loss, self.score)
         self._paired = self.loss.paired and self.score is None
+        if max_norm is not None and not max_norm > 0:
+            raise UsageError(f"max_norm must be a number above 0, got {max_norm!r}")
+        self._update_d = Update(discriminator_optimizer, accelerator, max_norm, skip_nonfinite)
+        self._update_g = Update(generator_optimizer, accelerator, max_norm, skip_nonfinite)
+        self._spread = spread if skip_nonfinite else _unchanged
         self._discriminator_steps = 0
+        self._window: list[tuple[Any, Tensor | None, Mapping[str, Any]]] = []
         self._checked = False
+        require_right_gradients(generator, discriminator, accelerator, self.penalty)
         if schedule == "fused":
             require_no_batch_norm(discriminator)
-            if getattr(accelerator, "mixed_precision", None) == "fp16":
-                raise UsageError("the fused schedule needs the range of float32 or bf16; use mixed_precision='bf16'")
+            require_range(getattr(accelerator, "mixed_precision", None))
+        self._sharded_g, self._sharded_d = sharded_parts(generator), sharded_parts(discriminator)
+        if self.penalty is not None:  # its own backward pass leaves D's parameters gathered for the one that follows
+            for part in self._sharded_d:
+                part.set_reshard_after_backward(False, recurse=False)
 
     def step(self, real: Tensor, z: Any = None, **conditions: Any) -> Stats:
         """One step of both networks.
@@ -132,6 +158,8 @@ class GAC:
         Returns:
             `loss_d`, `loss_g`: mean losses. `d_real`, `d_fake`: means of D(x) and D(G(z)) = sigmoid of the logits.
             `penalty`, on the steps that carry it. `beta`, from `ConjugateGradient` with a rule other than `none`.
+            `norm_d`, `norm_g`: norms of the gradients, with `max_norm` or `skip_nonfinite`. Under
+            `Accelerator.accumulate`, `loss_g` and what follows come at the end of each window.
 
         Raises:
             UsageError: shapes do not fit, no way to draw latents is known, or, at the first step, a value is not finite
@@ -141,9 +169,11 @@ class GAC:
             if self._draw is None:
                 raise UsageError("GAC does not know the latent size; pass latent=..., or z to step")
             z = self._draw(real)
-        fake = self.generator(z, **conditions)
         if self.schedule == "fused":
-            return self._fused_step(real, fake, conditions)
+            return self._fused_step(real, self.generator(z, **conditions), conditions)
+        if self._window or not window_ends(self.accelerator):
+            return self._accumulated_step(real, z, conditions)
+        fake = self.generator(z, **conditions)
         stats = self.discriminator_step(real, fake, **conditions)
         return stats | self.generator_step(fake, real if self._paired else None, **conditions)
 
@@ -156,8 +186,8 @@ class GAC:
         """
         judged = self._judge(real, fake, conditions)
         loss = self.loss.discriminator(judged.real_logits, judged.fake_logits).mean()
-        self._update_discriminator(loss if judged.penalty is None else loss + judged.penalty)
-        return judged.stats(loss)
+        norm = self._update_discriminator(self._spread(loss if judged.penalty is None else loss + judged.penalty))
+        return judged.stats(loss) | norm
 
     def generator_step(self, fake: Tensor, real: Tensor | None = None, **conditions: Any) -> Stats:
         """Update the generator by ascending the score at samples it made; see `step`.
@@ -170,9 +200,8 @@ class GAC:
         Raises:
             UsageError: `fake` has no graph, or the loss needs `real`.
         """
-        covector, loss = self._covector(fake, real, conditions, torch.mean)
-        self._update_generator(fake, covector)
-        return {"loss_g": loss} | self._beta()
+        loss = self._pull_back(fake, real, conditions)
+        return {"loss_g": loss} | self._step_generator()
 
     def cotangent(self, fake: Tensor, real: Tensor | None = None, **conditions: Any) -> Tensor:
         """The covectors c_i = w_i dl/dx (x_i) of the score at the samples: what D wants changed in each of them.
@@ -189,13 +218,44 @@ class GAC:
         covector, _ = self._covector(fake, real, conditions, lambda values: per_sample_mean(values).sum())
         return -covector
 
+    @property
+    def skipped(self) -> int:
+        """Number of steps left out so far because a loss or gradient was not finite."""
+        return self._update_d.skipped + self._update_g.skipped
+
     def state_dict(self) -> dict[str, int]:
         """What GAC itself remembers; networks and optimizers save their own state."""
-        return {"discriminator_steps": self._discriminator_steps}
+        return {
+            "discriminator_steps": self._discriminator_steps,
+            "skipped_d": self._update_d.skipped,
+            "skipped_g": self._update_g.skipped,
+        }
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Continue from a `state_dict`, so that lazy penalties fall on the same steps."""
         self._discriminator_steps = state["discriminator_steps"]
+        self._update_d.skipped, self._update_g.skipped = state.get("skipped_d", 0), state.get("skipped_g", 0)
+
+    def _accumulated_step(self, real: Tensor, z: Any, conditions: Mapping[str, Any]) -> Stats:
+        """One batch of a window. At its end D is updated on the whole window, and only then G, at the same samples.
+
+        The covectors of every batch are those of the updated D, as in a step on one large batch. No graph of G outlives
+        its batch: the samples are made again from their latents, at the price of one more forward pass of G.
+        """
+        self._window.append((z, real if self._paired else None, conditions))
+        with torch.no_grad():
+            fake = self.generator(z, **conditions)
+        stats = self.discriminator_step(real, fake, **conditions)
+        if not window_ends(self.accelerator):
+            return stats
+        (*earlier, last), self._window = self._window, []
+        losses = []
+        for z, paired, conditions in earlier:
+            with without_synchronisation(self.accelerator, self.generator):
+                losses.append(self._pull_back(self.generator(z, **conditions), paired, conditions))
+        z, paired, conditions = last
+        losses.append(self._pull_back(self.generator(z, **conditions), paired, conditions))
+        return stats | {"loss_g": torch.stack(losses).mean()} | self._step_generator()
 
     def _fused_step(self, real: Tensor, fake: Tensor, conditions: Mapping[str, Any]) -> Stats:
         """Both updates from one backward pass of D, weighted so that D's gradient and G's covector come out of it."""
@@ -208,9 +268,12 @@ class GAC:
             )
         v_real, v_fake, w = logit_derivatives(self.loss, self._objective, real_logits, fake_logits)
         fake_logits.retain_grad()
+        with torch.no_grad():
+            loss_d = self.loss.discriminator(real_logits, fake_logits).mean()
+            loss_g = self._objective(real_logits, fake_logits).mean()
         # the chain rule, cut at the logits: its gradient in D's parameters is that of the mean loss
         cut = (real_logits * v_real).sum() + (fake_logits * keep_visible(v_fake)).sum()
-        self._update_discriminator(cut if judged.penalty is None else cut + judged.penalty)
+        norm = self._update_discriminator(self._spread(cut if judged.penalty is None else cut + judged.penalty))
 
         if judged.fake_gradient is not None:  # R2 has measured dl/dx already
             covector = scale_samples(w.reshape(-1), judged.fake_gradient.detach())
@@ -218,12 +281,9 @@ class GAC:
             assert judged.fake.grad is not None
             assert fake_logits.grad is not None
             covector = scale_samples((w / fake_logits.grad).reshape(-1), judged.fake.grad)
-        self._update_generator(fake, covector)
-
-        with torch.no_grad():
-            loss_d = self.loss.discriminator(real_logits, fake_logits).mean()
-            loss_g = self._objective(real_logits, fake_logits).mean()
-        return judged.stats(loss_d) | {"loss_g": loss_g} | self._beta()
+        self._update_g.begin()
+        pullback(fake, covector, self.accelerator)
+        return judged.stats(loss_d) | norm | {"loss_g": loss_g} | self._step_generator()
 
     def _judge(
         self, real: Tensor, fake: Tensor, conditions: Mapping[str, Any], keep_input_gradient: bool = False
@@ -245,10 +305,9 @@ class GAC:
                 }
             )
             if self.schedule == "fused":
-                require_range(fake_logits)
+                require_range(fake_logits.dtype)
                 require_independent_samples(self._logits, real, fake, conditions)
             self._checked = True
-        self._discriminator_steps += 1
         real_gradient = logit_gradient(real_logits, real) if measure_real else None
         fake_gradient = logit_gradient(fake_logits, fake) if measure_fake else None
         return Judged(
@@ -267,30 +326,47 @@ class GAC:
             if real is None:
                 raise UsageError(f"the loss {self.loss.name!r} pairs real with generated samples; pass real= as well")
             require_alike(real, fake)
-        with frozen(self.discriminator):
+        with frozen(self.discriminator, sharded=self._sharded_d):
             with torch.no_grad():
                 real_logits = self._logits(real, conditions) if self._paired and real is not None else None
 
             def objective(samples: Tensor) -> Tensor:
                 fake_logits = self._logits(samples, conditions)
-                return reduce(self._objective(fake_logits if real_logits is None else real_logits, fake_logits))
+                values = self._objective(fake_logits if real_logits is None else real_logits, fake_logits)
+                return self._spread(reduce(values))
 
-            return cotangent(objective, fake)
+            return cotangent(objective, fake, getattr(self.accelerator, "scaler", None))
 
-    def _update_discriminator(self, loss: Tensor) -> None:
-        self.discriminator_optimizer.zero_grad()
+    def _pull_back(self, fake: Tensor, real: Tensor | None, conditions: Mapping[str, Any]) -> Tensor:
+        """Add one batch's gradient to the generator's; returns the mean loss."""
+        covector, loss = self._covector(fake, real, conditions, torch.mean)
+        self._update_g.begin()
+        pullback(fake, covector, self.accelerator)
+        return loss
+
+    def _update_discriminator(self, loss: Tensor) -> Stats:
+        self._update_d.begin()
         if self.accelerator is None:
             loss.backward()
         else:
             self.accelerator.backward(loss)
-        self.discriminator_optimizer.step()
+        norm = self._update_d.finish()
+        reshard(self._sharded_d)
+        self._discriminator_steps += window_ends(self.accelerator)
+        return {} if norm is None else {"norm_d": norm}
 
-    def _update_generator(self, fake: Tensor, covector: Tensor) -> None:
-        self.generator_optimizer.zero_grad()
-        pullback(fake, covector, self.accelerator)
-        self.generator_optimizer.step()
+    def _step_generator(self) -> Stats:
+        if not window_ends(self.accelerator):
+            return {}
+        if self._update_d.left_out:  # one step is both updates: what spoiled D's is not trusted for G's
+            self._update_g.discard()
+            return {}
+        norm = self._update_g.finish()
+        reshard(self._sharded_g)
+        stats = {} if norm is None else {"norm_g": norm}
+        beta = getattr(plain(self.generator_optimizer), "beta", None)
+        return stats if beta is None else stats | {"beta": beta}
 
-    def _beta(self) -> Stats:
-        optimizer = getattr(self.generator_optimizer, "optimizer", self.generator_optimizer)  # accelerate wraps it
-        beta = getattr(optimizer, "beta", None)
-        return {} if beta is None else {"beta": beta}
+
+def _unchanged(loss: Tensor) -> Tensor:
+    return loss

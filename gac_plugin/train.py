@@ -2,15 +2,18 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, NoReturn
 
 from accelerate import PartialState
 
 from gac_plugin.errors import exit_code
-from gac_plugin.training.config import PRESETS, Config, field_type, make_config
+from gac_plugin.training.config import GROUPS, PRESETS, Config, field_type, make_config, read_config
+from gac_plugin.training.files import MARK
 from gac_plugin.training.loop import Result, train
+from gac_plugin.training.stopping import Stop
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -24,16 +27,18 @@ class OneLineParser(argparse.ArgumentParser):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """One flag for each field of `Config`, and where the others come from."""
     parser.add_argument("--preset", default="default", metavar="NAME", help=f"start from: {', '.join(PRESETS)}")
-    parser.add_argument("--config", metavar="FILE", help="JSON file of settings, such as a run's config.json")
+    parser.add_argument("--config", metavar="FILE", help="JSON or YAML file of settings, such as a run's config.json")
+    group: argparse._ActionsContainer = parser
     for item in fields(Config):
+        group = parser.add_argument_group(GROUPS[item.name]) if item.name in GROUPS else group
         flag, text, kind = "--" + item.name.replace("_", "-"), item.metadata["help"], field_type(item.type)
         options: dict[str, Any] = {"default": argparse.SUPPRESS}
         if kind is bool:
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=text, **options)
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, help=text, **options)
         else:
             shown = "" if item.default is None else f" (default: {item.default})"
             metavar = {int: "N", float: "X"}.get(kind, "NAME")
-            parser.add_argument(flag, type=kind, metavar=metavar, help=text.replace("%", "%%") + shown, **options)
+            group.add_argument(flag, type=kind, metavar=metavar, help=text.replace("%", "%%") + shown, **options)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -44,9 +49,15 @@ def run(arguments: argparse.Namespace) -> None:
     """
     names = {item.name for item in fields(Config)}
     flags = {name: value for name, value in vars(arguments).items() if name in names}
-    result = train(make_config(flags, arguments.preset, arguments.config))
-    if PartialState().is_main_process:
+    result = train(make_config(flags, arguments.preset, arguments.config, earlier_settings(flags)))
+    if PartialState().is_main_process and result.stopped is not Stop.TERMINATED:
         sys.stdout.write(summary(result))
+
+
+def earlier_settings(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of the run that the flags ask to go on with, so that none of them needs to be said again."""
+    mark = Path(flags.get("output_dir", "")) / MARK
+    return read_config(mark) if flags.get("resume") == "auto" and "output_dir" in flags and mark.is_file() else {}
 
 
 def summary(result: Result) -> str:
@@ -60,6 +71,9 @@ def summary(result: Result) -> str:
             ("features", evaluation.features),
             ("samples", f"{evaluation.generated_samples:,} generated, {evaluation.real_samples:,} real"),
         ]
+    ends = {Stop.GOAL: "the goal of --until is reached", Stop.TIME: "the time of --max-hours is up"}
+    if result.stopped in ends:
+        rows.append(("stopped", f"at step {result.step:,}: {ends[result.stopped]}"))
     rows += [
         ("seconds", f"{result.seconds:.1f} of training"),
         ("samples per second", f"{result.samples_per_second:,.0f}"),

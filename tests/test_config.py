@@ -1,11 +1,12 @@
 """One description of a run: defaults, presets, files and flags, and what is refused."""
 
 import json
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 
 from gac_plugin.errors import UsageError
+from gac_plugin.train import OneLineParser, add_arguments
 from gac_plugin.training.config import PRESETS, Config, make_config
 
 
@@ -47,7 +48,22 @@ def test_every_setting_has_a_help_text():
         ({"lr_discriminator": float("nan")}, "--lr-discriminator must be .*, got nan"),
         ({"steps": 0}, "--steps must be at least 1 .*, got 0"),
         ({"batch_size": -3}, "--batch-size must be at least 1 .*, got -3"),
-        ({"schedule": "fused", "mixed_precision": "fp16"}, "--schedule fused needs the range"),
+        (
+            {"lr_schedule": "cosin"},
+            "--lr-schedule must be SHAPE or SHAPE:SHARE, constant, linear, cosine .* got 'cosin'",
+        ),
+        ({"ema_schedule": "linear:x"}, "--ema-schedule must be .* got 'linear:x'"),
+        ({"penalty_schedule": "linear:-1"}, "--penalty-schedule must be .* got 'linear:-1'"),
+        ({"max_norm": 0.0}, "--max-norm must be above 0, got 0.0"),
+        ({"max_hours": float("nan")}, "--max-hours must be above 0, got nan"),
+        ({"until": "fid=3", "evaluate_every": 5}, "--until must be FIGURE=NUMBER with one of frechet, .*; got 'fid=3'"),
+        ({"until": "frechet", "evaluate_every": 5}, "--until must be .* got 'frechet'"),
+        ({"until": "recall=.3", "evaluation_samples": 0}, "--until needs evaluations .* pass --evaluation-samples"),
+        ({"resume": "auto"}, "--resume auto needs --output-dir"),
+        ({"resume": "auto", "output_dir": "a", "overwrite": True}, "--resume goes on .* --overwrite replaces it"),
+        ({"accumulation": 0}, "--accumulation must be at least 1"),
+        ({"keep_checkpoints": 0}, "--keep-checkpoints must be at least 1"),
+        ({"workers": -1}, "--workers must be at least 0"),
         ({"optimizer": "adam", "rule": "pr+"}, r"--rule pr\+ needs --optimizer conjugate"),
         ({"dataset": ""}, "--dataset is empty"),
         ({"ema": 1.0}, "--ema must be below 1, got 1.0"),
@@ -70,6 +86,56 @@ def test_a_file_that_holds_no_settings_is_refused(tmp_path, text, message):
     file.write_text(text)
     with pytest.raises(UsageError, match=message):
         make_config(file=file)
+
+
+def test_yaml_json_flags_and_python_give_the_same_run(tmp_path):
+    values = {"lr_generator": 2e-3, "mixed_precision": "no", "steps": 7, "cpu": True, "score": None, "until": None}
+    yaml, as_json = tmp_path / "run.yaml", tmp_path / "run.json"
+    # as people write it: no quotes, a number that YAML 1.1 takes for text, a precision that it takes for a boolean
+    yaml.write_text("lr_generator: 2e-3\nmixed_precision: no\nsteps: 7\ncpu: true\nscore: null\nuntil: ~\n")
+    as_json.write_text(json.dumps(values))
+    parser = OneLineParser(prog="gac train")
+    add_arguments(parser)
+    flags = vars(parser.parse_args(["--lr-generator", "2e-3", "--mixed-precision", "no", "--steps", "7", "--cpu"]))
+    flags = {name: value for name, value in flags.items() if name in {item.name for item in fields(Config)}}
+    expected = Config(**values)
+    assert make_config(file=yaml) == make_config(file=as_json) == make_config(flags) == expected
+    assert expected.mixed_precision == "no"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [", "cannot read the settings"),
+        ("- steps", "must hold settings, one NAME: VALUE a line, got a list"),
+        ("stps: 3", "unknown setting 'stps'; did you mean 'steps'"),
+        ("steps: 3.5", "steps must be of type int, got '3.5'"),
+        ("cpu: maybe", "cpu must be of type bool, got 'maybe'"),
+        ("steps: [1]", r"steps must be of type int, got \['1'\]"),
+        ("x: !!python/object/apply:os.system [exit]", "unknown setting 'x'"),
+    ],
+)
+def test_a_yaml_file_that_is_wrong_is_refused(tmp_path, text, message):
+    file = tmp_path / "run.yml"
+    file.write_text(text)
+    with pytest.raises(UsageError, match=message):
+        make_config(file=file)
+
+
+def test_a_goal_is_looked_for_as_often_as_asked_or_with_checkpoints():
+    goal = Config(until="frechet=20")
+    assert goal.evaluation_interval == Config().checkpoint_every
+    assert replace(goal, checkpoint_every=0).evaluation_interval == 1000
+    assert replace(goal, evaluate_every=50).evaluation_interval == 50
+    assert (Config().evaluation_interval, Config(evaluate_every=7, evaluation_samples=0).evaluation_interval) == (0, 0)
+
+
+def test_a_run_is_gone_on_with_under_its_own_settings():
+    begun = Config(lr_generator=1e-3, steps=10).to_json()
+    assert make_config({"steps": 20}, earlier=begun) == Config(lr_generator=1e-3, steps=20)
+    Config(lr_generator=1e-3, steps=99, workers=2, until=None).require_same_run(begun)
+    with pytest.raises(UsageError, match=r"the run to resume has --lr-generator 0\.001 and not 0\.002; pass the same"):
+        Config().require_same_run(begun)
 
 
 def test_a_missing_file_is_named(tmp_path):

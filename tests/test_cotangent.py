@@ -276,3 +276,30 @@ def test_only_derivatives_too_small_to_divide_by_are_replaced(dtype):
     assert (visible[[0, 1, 5]] > 0).all()
     assert (visible[[0, 1, 5]] < torch.finfo(dtype).eps ** 2).all()
     assert (visible[[0, 1, 5]] ** 2 >= torch.finfo(dtype).tiny * 0.99).all()
+
+
+def test_a_scaler_keeps_small_covectors_of_a_float16_network():
+    """dl/dx / B is 2e-8 here, below the smallest number of float16, 6e-8; float64 tells what it should be."""
+    weight = torch.tensor([[3e-4, -5e-4]], dtype=torch.float16)
+    points = torch.randn(4096, 2)
+
+    def objective(x):
+        return (x.half() @ weight.T).float().mean() * 1e-1
+
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**14)
+    expected = (weight.double() * 1e-1 / 4096).expand(4096, 2)
+    lost, value = cotangent(objective, points)
+    assert float((lost.double() - expected).abs().max()) > 0.5 * float(expected.abs().max())
+    kept, scaled_value = cotangent(objective, points, scaler)
+    torch.testing.assert_close(kept.double(), expected, rtol=2e-3, atol=0)
+    assert torch.equal(scaled_value, value), "the objective is told unscaled"
+
+
+@pytest.mark.parametrize("scale", [2.0**3, 2.0**16])
+def test_a_power_of_two_changes_no_covector(tiny_discriminator, scale):
+    points, discriminator = samples((4,)), tiny_discriminator()
+    plain, _ = cotangent(lambda x: discriminator(x).mean(), points)
+    scaled, _ = cotangent(
+        lambda x: discriminator(x).mean(), points, torch.amp.GradScaler("cpu", init_scale=scale, enabled=True)
+    )
+    assert torch.equal(scaled, plain)

@@ -1,8 +1,8 @@
 """Data sets: the embedded digits, folders, and every way in which one can be wrong."""
 
+import pickle
 import re
 from importlib.resources import files
-from itertools import islice
 from pathlib import Path
 
 import datasets
@@ -14,7 +14,7 @@ from sklearn.datasets import load_digits
 
 from gac_plugin.errors import UsageError
 from gac_plugin.training.config import Config
-from gac_plugin.training.data import batches, dataset_path, load_images, to_pixels, to_samples
+from gac_plugin.training.data import Images, Stored, dataset_path, load_images, sample
 
 
 def picture(size=(8, 6), mode="L", seed=0) -> Picture.Image:
@@ -133,37 +133,6 @@ def test_an_empty_folder_is_refused(tmp_path):
         load_images(Config(dataset=str(tmp_path)))
 
 
-@pytest.mark.parametrize("value_range", [(-1.0, 1.0), (0.0, 1.0)])
-def test_pixels_and_samples_convert_back_and_forth(value_range):
-    pixels = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16)
-    samples = to_samples(pixels, value_range)
-    low, high = value_range
-    expected = low + (high - low) * np.arange(256) / 255
-    np.testing.assert_allclose(samples.flatten().numpy(), expected, atol=2e-7)
-    assert torch.equal(to_pixels(samples, value_range), pixels)
-    assert to_pixels(torch.tensor([low - 9, high + 9]), value_range).tolist() == [0, 255]
-
-
-def test_every_row_comes_once_in_an_epoch_and_processes_share_it():
-    pixels = torch.arange(10, dtype=torch.uint8).reshape(10, 1, 1, 1)
-
-    def rows(rank: int, processes: int, batch_size: int, count: int) -> list[list[int]]:
-        stream = batches(pixels, batch_size, (0.0, 255.0), seed=7, rank=rank, processes=processes)
-        return [batch.flatten().int().tolist() for batch in islice(stream, count)]
-
-    alone = rows(0, 1, 4, 4)
-    assert len(set(alone[0] + alone[1])) == 8, "an epoch of two batches, the two rows left over dropped"
-    assert sorted(alone[0] + alone[1]) != sorted(alone[2] + alone[3]) or alone[:2] != alone[2:]
-    first, second = rows(0, 2, 2, 4), rows(1, 2, 2, 4)
-    assert [a + b for a, b in zip(first, second, strict=True)] == alone
-
-
-def test_a_data_set_smaller_than_a_batch_is_refused():
-    pixels = torch.zeros(10, 1, 1, 1, dtype=torch.uint8)
-    with pytest.raises(UsageError, match="10 images, fewer than one batch of 24; pass a --batch-size of at most 5"):
-        next(batches(pixels, 12, (0.0, 1.0), seed=0, processes=2))
-
-
 def test_sixteen_bit_pictures_keep_their_upper_byte(tmp_path):
     levels = np.random.default_rng(0).integers(0, 65536, (6, 8), dtype=np.uint16)
     Picture.fromarray(levels).save(tmp_path / "a.png")
@@ -185,3 +154,72 @@ def test_a_file_is_not_a_data_set(tmp_path):
     picture().save(tmp_path / "a.png")
     with pytest.raises(UsageError, match=r"is a file; give the folder"):
         dataset_path(str(tmp_path / "a.png"))
+
+
+def test_images_decoded_when_read_are_those_decoded_into_memory(tmp_path):
+    pictures = [picture((8, 6), mode, seed) for seed, mode in enumerate(["RGB", "L", "RGBA", "RGB"])]
+    labels = {"image": pictures, "label": [1, 0, 1, 1]}
+    features = {"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])}
+    source = write_data_set(tmp_path, labels, features)
+    for size in (None, 4):
+        whole, _ = load_images(Config(dataset=source, image_size=size))
+        stored, test = load_images(Config(dataset=source, image_size=size, workers=1))
+        assert isinstance(whole, Images)
+        assert isinstance(stored, Stored)
+        assert isinstance(test, Images), "what is evaluated against is in memory"
+        assert (len(stored), stored.sample_shape, stored.split) == (4, whole.sample_shape, "train")
+        assert torch.equal(stored.labels, torch.tensor([1, 0, 1, 1]))
+        rows = torch.tensor([3, 0, 3, 1])
+        assert torch.equal(stored[rows], whole.pixels[[3, 0, 3, 1]])
+        assert torch.equal(stored[rows], whole[rows])
+        assert torch.equal(pickle.loads(pickle.dumps(stored))[rows], whole[rows]), "for workers that are not forked"
+        assert torch.equal(test.pixels, whole.pixels)
+
+
+def test_a_sample_is_spread_over_the_rows_and_the_same_from_both_sources():
+    whole, stored = (load_images(Config(workers=workers))[0] for workers in (0, 1))
+    for images in (whole, stored):
+        some = sample(images, 7)
+        rows = [1437 * i // 7 for i in range(7)]
+        assert torch.equal(some.pixels, whole.pixels[rows])
+        assert torch.equal(some.labels, whole.labels[rows])
+        assert some.split == "train"
+        assert torch.equal(sample(images).pixels, whole.pixels), "all there are"
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("modes", [("L", "RGB"), ("RGB", "L")], ids=["grey", "colour"])
+def test_a_split_in_colour_makes_the_other_one_colour(tmp_path, modes, workers):
+    for mode, split in zip(modes, ("train", "test"), strict=True):
+        source = write_data_set(tmp_path, {"image": [picture(mode=mode)]}, {"image": datasets.Image()}, split=split)
+    for images, mode in zip(load_images(Config(dataset=source, workers=workers)), modes, strict=True):
+        assert images.sample_shape == (3, 6, 8)
+        expected = np.asarray(picture(mode=mode).convert("RGB")).transpose(2, 0, 1)
+        np.testing.assert_array_equal(images[torch.tensor([0])][0].numpy(), expected)
+
+
+@pytest.mark.parametrize(
+    ("second", "message"),
+    [
+        (picture(mode="RGB"), "image 1 of split 'train' is in colour and the first one is not"),
+        (picture((12, 12)), r"images differ in size: 6x8 and 12x12 \(image 1\); pass --image-size"),
+        ({"bytes": b"not a picture", "path": None}, "image 1 of split 'train' cannot be decoded"),
+    ],
+    ids=["colour", "size", "damaged"],
+)
+def test_an_image_unlike_the_first_is_refused_when_it_is_read(tmp_path, second, message):
+    source = write_data_set(tmp_path, {"image": [picture(), second]}, {"image": datasets.Image()})
+    write_data_set(tmp_path, {"image": [picture()]}, {"image": datasets.Image()}, split="test")
+    stored, _ = load_images(Config(dataset=source, workers=1))
+    assert stored[torch.tensor([0])].shape == (1, 1, 6, 8)
+    with pytest.raises(UsageError, match=message):
+        stored[torch.tensor([0, 1])]
+
+
+def test_a_damaged_header_that_claims_a_huge_picture_is_a_damaged_image(tmp_path):
+    picture().save(tmp_path / "a.bmp")
+    data = bytearray((tmp_path / "a.bmp").read_bytes())
+    data[18:26] = (60_000).to_bytes(4, "little") * 2  # width and height
+    (tmp_path / "a.bmp").write_bytes(data)
+    with pytest.raises(UsageError, match="image 0 of split 'train' cannot be decoded: Image size"):
+        load_images(Config(dataset=str(tmp_path)))

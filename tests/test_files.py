@@ -1,12 +1,26 @@
 """Files are whole or absent; a run that fails before its first step leaves nothing behind."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image as Picture
 
 from gac_plugin.errors import UsageError
-from gac_plugin.training.files import GAP, MARK, clear_run, next_run, run_folder, write_grid, write_json, write_whole
+from gac_plugin.training.files import (
+    GAP,
+    MARK,
+    append_line,
+    clear_run,
+    next_run,
+    run_folder,
+    sweep_run,
+    write_grid,
+    write_json,
+    write_whole,
+)
 
 
 def test_a_file_appears_whole(tmp_path):
@@ -23,7 +37,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
         path.write_text("half")
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(UsageError, match=r"cannot write .*facts\.json: No space left on device; choose a folder"):
+    with pytest.raises(UsageError, match=r"cannot write .*facts\.json: No space left on device; free some space"):
         write_whole(target, fail)
     assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("facts.json", "old")]
 
@@ -83,6 +97,30 @@ def test_a_folder_with_something_else_is_not_touched(tmp_path):
     with pytest.raises(UsageError, match="is not empty and holds no run"), run_folder(tmp_path, overwrite=True):
         pass
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+def test_a_line_that_cannot_be_written_is_told(tmp_path):
+    append_line(tmp_path / "a.txt", "one")
+    append_line(tmp_path / "a.txt", "two")
+    assert (tmp_path / "a.txt").read_text() == "one\ntwo\n"
+    with pytest.raises(UsageError, match=r"cannot write .*: Is a directory; choose a folder you can write to"):
+        append_line(tmp_path, "one")
+
+
+def test_what_a_killed_process_left_half_written_is_swept_and_nothing_else(tmp_path):
+    program = (
+        "import os, sys; from pathlib import Path; from gac_plugin.training.files import write_whole;"
+        "write_whole(Path(sys.argv[1]), lambda temporary: os.kill(os.getpid(), 9))"
+    )
+    for name in ("samples/step-0000100.png", "generator/model.safetensors", "metrics.jsonl"):
+        subprocess.run([sys.executable, "-c", program, tmp_path / name], check=False, timeout=60)
+    kept = [tmp_path / name for name in ("samples/step-0000050.png", "samples/.notes.txt", ".hidden-notes.md")]
+    for path in kept:
+        path.write_text("mine")
+    files = {path for path in tmp_path.rglob("*") if path.is_file()}
+    assert len(files) == 3 + len(kept), "each kill leaves a file behind"
+    sweep_run(tmp_path)
+    assert {path for path in tmp_path.rglob("*") if path.is_file()} == set(kept)
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):

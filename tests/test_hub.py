@@ -62,6 +62,22 @@ def test_a_pickle_is_never_opened(saved, tmp_path_factory):
     assert not trap.exists()
 
 
+def test_a_flipped_bit_in_the_weights_is_told(saved):
+    file = saved[0] / "generator" / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-3] ^= 4  # still a finite number
+    file.write_bytes(data)
+    with pytest.raises(UsageError, match="are damaged: they are not those that were written"):
+        load_generator(saved[0])
+
+
+def test_weights_of_other_programs_need_no_checksum(saved):
+    folder, generator = saved
+    save_file(load_file(folder / "generator" / "model.safetensors"), folder / "generator" / "model.safetensors")
+    z = torch.randn(2, 3)
+    assert torch.equal(load_generator(folder)(z), generator(z))
+
+
 @pytest.mark.parametrize("change", ["missing", "extra", "shape"])
 def test_weights_that_do_not_fit_are_an_error(saved, change):
     file = saved[0] / "generator" / "model.safetensors"

@@ -12,6 +12,7 @@ from PIL import Image as Picture
 
 from gac_plugin.errors import UsageError
 from gac_plugin.training import load_generator, train
+from gac_plugin.training.checkpoint import newest_intact
 from gac_plugin.training.config import Config, make_config
 from gac_plugin.training.loop import generate
 
@@ -31,8 +32,9 @@ def run(tmp_path_factory):
 
 
 def test_a_run_folder_holds_what_the_documentation_says(run):
-    files = sorted(path.relative_to(run.folder).as_posix() for path in run.folder.rglob("*") if path.is_file())
-    assert files == [
+    paths = [path.relative_to(run.folder) for path in run.folder.rglob("*") if path.is_file()]
+    assert sorted({path.parts[1] for path in paths if path.parts[0] == "checkpoints"}) == ["step-0000025"]
+    assert sorted(path.as_posix() for path in paths if path.parts[0] != "checkpoints") == [
         "config.json",
         "discriminator/config.json",
         "discriminator/model.safetensors",
@@ -48,9 +50,8 @@ def test_a_run_folder_holds_what_the_documentation_says(run):
 def test_metrics_are_written_at_the_first_every_tenth_and_the_last_step(run):
     records = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records] == [1, 10, 20, 25]
-    assert all(
-        set(record) == {"step", "seconds", "loss_d", "loss_g", "d_real", "d_fake", "penalty"} for record in records
-    )
+    names = {"step", "seconds", "loss_d", "loss_g", "d_real", "d_fake", "penalty", "norm_d", "norm_g", "diversity"}
+    assert all(set(record) == names for record in records)
     seconds = [record["seconds"] for record in records]
     assert seconds == sorted(seconds)
 
@@ -97,6 +98,9 @@ def test_a_run_repeats_bit_for_bit(run, tmp_path):
         {"loss": "relativistic"},
         {"score": "logit"},
         {"optimizer": "adam", "ema": 0.0, "r1": 0.0, "r2": 0.0},
+        {"lr_schedule": "cosine", "warmup": 3, "max_norm": 1.0},
+        {"accumulation": 3},
+        {"workers": 1},
         {"output": "sigmoid", "adapter": "dcgan", "depth": 2},
         {"mixed_precision": "bf16"},
     ],
@@ -110,6 +114,12 @@ def test_every_kind_of_run_goes_through(tmp_path, settings):
     assert ("beta" in last) == (settings.get("rule") == "pr+")
 
 
+def test_whole_numbers_from_python_do_for_fractions(tmp_path):
+    train(
+        Config(beta1=0, ema=0, r1=0, steps=2, width=8, evaluation_samples=0, output_dir=str(tmp_path / "a"), cpu=True)
+    )
+
+
 def test_without_an_average_the_generator_itself_is_kept(tmp_path):
     values = {**SMALL, "steps": 3, "evaluation_samples": 0, "cpu": True}
     plain = train(make_config({**values, "ema": 0.0, "output_dir": str(tmp_path / "a")})).generator
@@ -120,12 +130,30 @@ def test_without_an_average_the_generator_itself_is_kept(tmp_path):
     assert all(torch.allclose(a, b, atol=0.02) for a, b in pairs)
 
 
-def test_divergence_is_said_and_the_run_kept(tmp_path):
+def test_float16_on_the_cpu_is_refused(tmp_path):
+    """Accelerate takes it and trains in float32, which proves nothing."""
+    config = Config(mixed_precision="fp16", cpu=True, steps=1, output_dir=str(tmp_path / "run"))
+    with pytest.raises(UsageError, match="fp16 needs a GPU, and this run is on the CPU; pass bf16 or no"):
+        train(config)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("max_skipped", [0, 3])
+def test_divergence_is_said_and_the_run_kept(tmp_path, max_skipped):
     settings = {**SMALL, "loss": "wasserstein", "r1": 0.0, "r2": 0.0, "lr_generator": 1e9, "lr_discriminator": 1e9}
-    with pytest.raises(UsageError, match=r"training diverged: .* not finite at step \d+; lower --lr-generator"):
+    settings |= {"steps": 50, "checkpoint_every": 1, "max_skipped": max_skipped, "log_every": 1}
+    message = (
+        r"not finite in 3 steps in a row, up to step \d+; the checkpoint of step \d+ is kept; lower --lr-generator"
+    )
+    with pytest.raises(
+        UsageError, match=message if max_skipped else r"diverged: .* not finite at step \d+; lower --lr"
+    ):
         train(make_config({**settings, "output_dir": str(tmp_path / "run"), "cpu": True}))
     last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
-    assert None in last.values()
+    assert None in last.values() or last["skipped"] == 2
+    kept = newest_intact(tmp_path / "run" / "checkpoints", print)
+    if max_skipped:
+        assert all(torch.isfinite(value).all() for value in kept.states["generator"].values())
 
 
 def test_too_few_images_to_evaluate_against_are_said_before_training(tmp_path):

@@ -113,7 +113,7 @@ def test_a_half_precision_accelerator_is_refused_for_the_fused_schedule():
     networks = nn.Linear(4, 3), nn.Linear(3, 1)
     optimizers = [torch.optim.SGD(network.parameters(), 0.1) for network in networks]
     accelerator = SimpleNamespace(mixed_precision="fp16", backward=lambda loss: loss.backward())
-    with pytest.raises(UsageError, match="use mixed_precision='bf16'"):
+    with pytest.raises(UsageError, match="use mixed precision bf16"):
         GAC(*networks, *optimizers, schedule="fused", accelerator=accelerator)
     GAC(*networks, *optimizers, accelerator=accelerator)
 

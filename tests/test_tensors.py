@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from gac_plugin import tensors
 
@@ -56,3 +58,36 @@ def test_scale_samples_multiplies_each_sample_by_its_own_number(shape):
     scale, a = draw([(4,), shape])
     expected = np.stack([s * x for s, x in zip(scale.numpy(), a.numpy(), strict=True)])
     np.testing.assert_array_equal(tensors.scale_samples(scale, a), expected)
+
+
+@pytest.fixture
+def mesh(tmp_path):
+    """This process alone, as a mesh of the two dimensions that copies and shards have."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1, 1), mesh_dim_names=("copies", "shards"))
+    torch.distributed.destroy_process_group()
+
+
+def test_inner_products_and_copies_of_dtensors_are_those_of_plain_ones_of_any_layout_and_type(mesh):
+    """In several processes: test_sharded.py."""
+    layouts = [Replicate(), Shard(0)], [Replicate(), Replicate()], [Replicate(), Shard(0)]
+    plain = [torch.randn(3, 5), torch.randn(4, dtype=torch.float64), torch.randn(7).bfloat16()]
+    sharded = [distribute_tensor(x, mesh, layout) for x, layout in zip(plain, layouts, strict=True)]
+    mixed = [*sharded, torch.randn(2)]
+    products = tensors.inner_parts(mixed, mixed)
+    expected = tensors.inner_parts([*plain, mixed[-1]], [*plain, mixed[-1]])
+    assert [type(product) for product in products] == [torch.Tensor] * 4
+    torch.testing.assert_close(products, expected, rtol=1e-6, atol=0)
+    targets = [torch.zeros_like(x) for x in mixed]
+    tensors.copy_(targets, mixed)
+    assert all(torch.equal(a.full_tensor(), b) for a, b in zip(targets[:-1], plain, strict=True))
+    assert torch.equal(targets[-1], mixed[-1])
+
+
+def test_a_function_of_the_whole_keeps_the_layout(mesh):
+    x = torch.randn(3, 5)
+    sharded = distribute_tensor(x, mesh, [Replicate(), Shard(0)])
+    result = tensors.on_whole(torch.exp, sharded)
+    assert result.placements == sharded.placements
+    assert torch.equal(result.full_tensor(), x.exp())
+    assert torch.equal(tensors.on_whole(torch.exp, x), x.exp())

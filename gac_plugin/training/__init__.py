@@ -1,7 +1,17 @@
 """Everything that knows Accelerate, data sets and files: the main job and its parts."""
 
+from gac_plugin.training.checkpoint import Checkpoints, newest_intact, read_checkpoint
 from gac_plugin.training.config import PRESETS, Config
 from gac_plugin.training.hub import load_discriminator, load_generator
 from gac_plugin.training.loop import train
 
-__all__ = ["PRESETS", "Config", "load_discriminator", "load_generator", "train"]
+__all__ = [
+    "PRESETS",
+    "Checkpoints",
+    "Config",
+    "load_discriminator",
+    "load_generator",
+    "newest_intact",
+    "read_checkpoint",
+    "train",
+]

@@ -1,4 +1,4 @@
-"""The one description of a run: flags, a JSON file and Python all make a `Config`."""
+"""The one description of a run: flags, a JSON or YAML file and Python all make a `Config`."""
 
 import json
 from collections.abc import Mapping
@@ -8,16 +8,32 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, get_args
 
+import yaml
+
 from gac_plugin.betas import BETAS
 from gac_plugin.errors import UsageError, resolve
 from gac_plugin.losses import LOSSES, SCORES
 from gac_plugin.metric import METRICS
 from gac_plugin.strategy import SCHEDULES
+from gac_plugin.training.schedules import Schedule
+from gac_plugin.training.stopping import Goal
 
 EMBEDDED = "digits"
 FEWEST_TO_EVALUATE = 8
 OPTIMIZERS = ("conjugate", "adam")
 OUTPUT_RANGES = {"tanh": (-1.0, 1.0), "sigmoid": (0.0, 1.0)}
+
+
+GROUPS = {
+    "dataset": "data and run folder",
+    "adapter": "networks",
+    "loss": "the game",
+    "optimizer": "optimizers, rates, averages",
+    "steps": "the run",
+    "log_every": "figures and pictures",
+    "checkpoint_every": "checkpoints, resuming, stopping",
+}
+"""Titles of the help text, each by the setting it starts with."""
 
 
 def setting(default: Any, text: str) -> Any:
@@ -38,6 +54,10 @@ class Config:
     test_split: str = setting("test", "split to evaluate against; the training split where there is none")
     column: str | None = setting(None, "image column; found by its type where only one fits")
     image_size: int | None = setting(None, "resize and centre-crop images to this many pixels square")
+    workers: int = setting(
+        0,
+        "processes that decode images as they are needed, for data larger than memory; 0: decode all into memory first",
+    )
     output_dir: str | None = setting(None, "run folder; default: the next free runs/DATASET-N")
     overwrite: bool = setting(False, "replace the run that --output-dir holds")
 
@@ -53,6 +73,7 @@ class Config:
     r1: float = setting(1.0, "weight of the gradient penalty at real samples; 0 for none")
     r2: float = setting(1.0, "weight of the gradient penalty at generated samples; 0 for none")
     penalty_interval: int = setting(4, "steps from one penalty to the next; its weight grows by the same factor")
+    penalty_schedule: str = setting("constant", "how r1 and r2 change over the run: SHAPE or SHAPE:SHARE, as for rates")
 
     optimizer: str = setting("conjugate", "the generator's optimizer: conjugate, or torch's adam")
     rule: str = setting("none", "conjugacy rule of the conjugate optimizer")
@@ -62,16 +83,39 @@ class Config:
     lr_discriminator: float = setting(1e-3, "the discriminator's learning rate (torch's adam)")
     beta1: float = setting(0.0, "first-moment decay of torch's adam")
     beta2: float = setting(0.99, "second-moment decay of both optimizers")
+    lr_schedule: str = setting(
+        "constant", "how both rates change over the run: constant, linear or cosine; cosine:0.1 ends at a tenth"
+    )
+    warmup: int = setting(0, "steps over which both rates rise from 0")
+    max_norm: float | None = setting(None, "bound on the norm of each network's gradient")
     ema: float = setting(0.995, "decay of the running average of the generator, which makes the samples; 0 for none")
+
+    ema_schedule: str = setting("constant", "how 1 - ema changes over the run: SHAPE or SHAPE:SHARE, as for rates")
 
     steps: int = setting(10_000, "training steps")
     batch_size: int = setting(64, "samples in a batch, in each process")
+    accumulation: int = setting(1, "batches whose gradients make one step")
     seed: int = setting(0, "seed of weights, batches and latents")
     mixed_precision: str = setting("no", "no, bf16 or fp16, as in accelerate")
     cpu: bool = setting(False, "stay on the CPU where there is an accelerator")
     log_every: int = setting(100, "steps from one line of metrics.jsonl to the next")
     sample_every: int = setting(1_000, "steps from one sample picture to the next")
-    evaluation_samples: int = setting(5_000, "generated samples in the evaluation at the end; 0 for none")
+    evaluation_samples: int = setting(5_000, "generated samples in an evaluation; 0 for none")
+    evaluate_every: int = setting(
+        0, "steps from one evaluation to the next; 0: at the end, and for --until with checkpoints"
+    )
+    tracker: str | None = setting(None, "trackers of accelerate to log to as well, such as tensorboard or wandb,mlflow")
+
+    checkpoint_every: int = setting(1_000, "steps from one checkpoint to the next; 0 for none")
+    keep_checkpoints: int = setting(3, "newest checkpoints to keep; the best evaluated one is kept as well")
+    resume: str | None = setting(
+        None, "auto: go on from the newest intact checkpoint of --output-dir, or start; or the folder of a checkpoint"
+    )
+    until: str | None = setting(None, "stop once an evaluation reaches frechet=X, precision=X or recall=X")
+    max_hours: float | None = setting(None, "stop, with a checkpoint, after so many hours")
+    max_skipped: int = setting(
+        10, "steps in a row that may be left out because a loss or gradient is not finite; 0: do not look"
+    )
 
     def __post_init__(self) -> None:
         for name, table, kind in (
@@ -93,8 +137,19 @@ class Config:
         for name, limit in (("beta1", 1), ("beta2", 1), ("ema", 1)):
             if getattr(self, name) >= limit:
                 raise UsageError(f"{_flag(name)} must be below {limit}, got {getattr(self, name)}")
-        if self.schedule == "fused" and self.mixed_precision == "fp16":
-            raise UsageError("--schedule fused needs the range of float32 or bf16; pass --mixed-precision bf16")
+        for name in ("lr_schedule", "ema_schedule", "penalty_schedule"):
+            Schedule.parse(getattr(self, name), _flag(name))
+        for name in ("max_norm", "max_hours"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
+                raise UsageError(f"{_flag(name)} must be above 0, got {getattr(self, name)}")
+        if self.until is not None:
+            Goal.parse(self.until)
+            if not self.evaluation_samples:
+                raise UsageError("--until needs evaluations to look at; pass --evaluation-samples of at least 8")
+        if self.resume == "auto" and self.output_dir is None:
+            raise UsageError("--resume auto needs --output-dir, the folder of the run to go on with")
+        if self.resume is not None and self.overwrite:
+            raise UsageError("--resume goes on with a run and --overwrite replaces it; pass one of them")
         if self.optimizer == "adam" and self.rule != "none":
             raise UsageError(f"--rule {self.rule} needs --optimizer conjugate; torch's adam takes no rule")
         if not self.dataset:
@@ -109,16 +164,49 @@ class Config:
         """Lowest and highest value of a sample, the same for data and generator."""
         return OUTPUT_RANGES[self.output]
 
+    @property
+    def evaluation_interval(self) -> int:
+        """Steps from one evaluation to the next, 0 for none before the end; for a goal, as often as checkpoints."""
+        if not self.evaluation_samples:
+            return 0
+        return self.evaluate_every or (0 if self.until is None else self.checkpoint_every or 1_000)
+
     def to_json(self) -> dict[str, Any]:
         """Field names and JSON values of everything but where the run goes, so that it can be run again elsewhere."""
-        return {name: value for name, value in asdict(self).items() if name not in ("output_dir", "overwrite")}
+        return {name: value for name, value in asdict(self).items() if name not in _PLACE}
 
+    def require_same_run(self, earlier: Mapping[str, Any]) -> None:
+        """Refuse to go on with a run under other settings than it began with, but for those in `MAY_CHANGE`.
+
+        Args:
+            earlier: `to_json` of the run's configuration.
+
+        Raises:
+            UsageError: a setting differs; the message gives both values.
+        """
+        for name, value in self.to_json().items():
+            if name in earlier and name not in MAY_CHANGE and earlier[name] != value:
+                raise UsageError(
+                    f"the run to resume has {_flag(name)} {earlier[name]} and not {value}; pass the same, or start a "
+                    "new run with another --output-dir"
+                )
+
+
+_PLACE = ("output_dir", "overwrite", "resume")
+MAY_CHANGE = frozenset(
+    (
+        *("steps", "until", "max_hours", "max_skipped", "workers", "cpu", "tracker"),
+        *("log_every", "sample_every", "evaluate_every", "evaluation_samples", "checkpoint_every", "keep_checkpoints"),
+    )
+)
+"""Settings under which a run may be resumed that differ from those it began with."""
 
 _LEAST: dict[str, float] = {
     **dict.fromkeys(("image_size", "latent_size", "width", "depth", "penalty_interval"), 1),
-    **dict.fromkeys(("steps", "batch_size", "log_every", "sample_every"), 1),
+    **dict.fromkeys(("steps", "batch_size", "accumulation", "log_every", "sample_every", "keep_checkpoints"), 1),
     **dict.fromkeys(("r1", "r2", "beta_max", "lr_generator", "lr_discriminator", "beta1", "beta2", "ema"), 0),
-    **dict.fromkeys(("evaluation_samples", "seed"), 0),
+    **dict.fromkeys(("evaluation_samples", "evaluate_every", "checkpoint_every", "seed", "workers"), 0),
+    **dict.fromkeys(("warmup", "max_skipped"), 0),
 }
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -144,19 +232,28 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def make_config(
-    flags: Mapping[str, Any] | None = None, preset: str = "default", file: str | Path | None = None
+    flags: Mapping[str, Any] | None = None,
+    preset: str = "default",
+    file: str | Path | None = None,
+    earlier: Mapping[str, Any] | None = None,
 ) -> Config:
-    """A `Config` from, in rising order of precedence, the defaults, a preset, a JSON file and flags.
+    """A `Config` from, in rising order of precedence, the defaults, a preset, an earlier run, a file and flags.
 
     Args:
         flags: values by field name.
         preset: a name in `PRESETS`.
-        file: path of a JSON object, such as a run's `config.json`.
+        file: path of a JSON or YAML file of settings, such as a run's `config.json`.
+        earlier: the settings of the run to go on with.
 
     Raises:
         UsageError: an unknown key, a value of the wrong type, or a file that cannot be read.
     """
-    values = {**resolve(preset, PRESETS, "preset"), **(read_config(file) if file else {}), **(flags or {})}
+    values = {
+        **resolve(preset, PRESETS, "preset"),
+        **(earlier or {}),
+        **(read_settings(file) if file else {}),
+        **(flags or {}),
+    }
     types = {item.name: item.type for item in fields(Config)}
     for key, value in values.items():
         if key not in types:
@@ -164,6 +261,27 @@ def make_config(
             raise UsageError(f"unknown setting {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
         values[key] = _typed(key, value, types[key])
     return Config(**values)
+
+
+def read_settings(file: str | Path) -> dict[str, Any]:
+    """The settings in a JSON file or, by its suffix .yaml or .yml, a YAML file.
+
+    YAML scalars are taken by the type of their setting, not by how they look: `no` is the precision of that name, and
+    `2e-3` a number.
+
+    Raises:
+        UsageError: the file cannot be read, or does not hold an object of settings.
+    """
+    if Path(file).suffix.lower() not in (".yaml", ".yml"):
+        return read_config(file)
+    try:
+        values = yaml.load(Path(file).read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise UsageError(f"cannot read the settings in {file}: {error}") from error
+    if not isinstance(values, dict):
+        raise UsageError(f"{file} must hold settings, one NAME: VALUE a line, got a {type(values).__name__}")
+    types = {item.name: item.type for item in fields(Config)}
+    return {key: _from_text(value, types[key]) if key in types else value for key, value in values.items()}
 
 
 def read_config(file: str | Path) -> dict[str, Any]:
@@ -195,6 +313,19 @@ def _typed(key: str, value: Any, annotation: Any) -> Any:
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise UsageError(f"{key} must be of type {kind.__name__}, got {value!r}")
     return value
+
+
+def _from_text(text: Any, annotation: Any) -> Any:
+    """A YAML scalar as the type of its setting, or as it is where it does not fit."""
+    if isinstance(annotation, UnionType) and text in ("", "~", "null"):
+        return None
+    kind = field_type(annotation)
+    if kind is bool:
+        return {"true": True, "false": False}.get(str(text).lower(), text)
+    try:
+        return kind(text) if isinstance(text, str) else text
+    except ValueError:
+        return text
 
 
 def _flag(name: str) -> str:

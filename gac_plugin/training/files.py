@@ -1,7 +1,9 @@
 """Files that are whole or absent, run folders that are not left behind empty, and pictures."""
 
+import errno
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -16,6 +18,10 @@ from gac_plugin.errors import UsageError
 
 MARK = "config.json"
 """The file that tells a run folder."""
+PARTS = ("samples", "checkpoints", "logs", "generator", "discriminator")
+"""The folders in a run folder."""
+HALF_WRITTEN = re.compile(r"\.[\w-]+-[a-z0-9_]{8}\.\w+")
+"""What `write_whole` calls a file until it is whole."""
 GAP, GAP_COLOUR = 4, "#606060"
 
 
@@ -40,9 +46,29 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
         finally:
             Path(name).unlink(missing_ok=True)
     except OSError as error:
-        raise UsageError(f"cannot write {path}: {error.strerror or error}; choose a folder you can write to") from error
+        raise cannot_write(path, error) from error
     except (ValueError, OverflowError, SystemError) as error:
         raise UsageError(f"cannot write {path}: {error}") from error
+
+
+def append_line(path: Path, line: str) -> None:
+    """Add a line to a text file.
+
+    Raises:
+        UsageError: the file cannot be written.
+    """
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+    except OSError as error:
+        raise cannot_write(path, error) from error
+
+
+def cannot_write(path: Path, error: OSError) -> UsageError:
+    """What to tell of a file that the system did not take."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    mend = "free some space" if full else "choose a folder you can write to"
+    return UsageError(f"cannot write {path}: {error.strerror or error}; {mend}")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -111,10 +137,19 @@ def run_folder(path: Path, overwrite: bool) -> Iterator[Path]:
 
 def clear_run(folder: Path) -> None:
     """Take away the files of a run that stands in the folder; anything else in it is never touched."""
-    for part in ("samples", "generator", "discriminator"):
+    for part in PARTS:
         shutil.rmtree(folder / part, ignore_errors=True)
     for part in ("metrics.jsonl", "evaluation.json", MARK):
         (folder / part).unlink(missing_ok=True)
+    sweep_run(folder)
+
+
+def sweep_run(folder: Path) -> None:
+    """Take away what a process that was killed has left half-written in the folder of its run."""
+    for place in (folder, *(folder / part for part in PARTS)):
+        for path in place.glob(".*"):
+            if HALF_WRITTEN.fullmatch(path.name) and path.is_file():
+                path.unlink(missing_ok=True)
 
 
 def next_run(name: str) -> Path:

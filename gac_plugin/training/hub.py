@@ -1,12 +1,14 @@
 """Networks on disk: safetensors for the weights, JSON for how to build them. Nothing is unpickled."""
 
+import hashlib
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from gac_plugin.errors import UsageError
 from gac_plugin.training.config import OUTPUT_RANGES, read_config
@@ -14,10 +16,11 @@ from gac_plugin.training.files import write_json, write_whole
 from gac_plugin.training.networks import Recipe
 
 WEIGHTS, RECIPE = "model.safetensors", "config.json"
+CHECKSUM = "sha256"
 
 
 def save_network(folder: Path, network: nn.Module, recipe: Recipe) -> None:
-    """Write `model.safetensors` and `config.json`.
+    """Write `model.safetensors`, with a checksum among its metadata, and `config.json`.
 
     Args:
         folder: made if missing.
@@ -25,7 +28,8 @@ def save_network(folder: Path, network: nn.Module, recipe: Recipe) -> None:
         recipe: how to build it again.
     """
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
-    write_whole(folder / WEIGHTS, lambda temporary: save_file(weights, temporary, metadata={"format": "pt"}))
+    noted = {CHECKSUM: checksum(weights)}  # safetensors writes several entries in a random order
+    write_whole(folder / WEIGHTS, lambda temporary: save_file(weights, temporary, metadata=noted))
     write_json(folder / RECIPE, {"library_name": "gac-plugin", "adapter": recipe.adapter, **recipe.arguments})
 
 
@@ -82,6 +86,15 @@ def read_recipe(folder: Path) -> Recipe:
     return Recipe(values["adapter"], arguments)
 
 
+def checksum(weights: Mapping[str, Tensor]) -> str:
+    """SHA-256 of the weights' names, types, shapes and bytes, as hexadecimal digits."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(weights.items()):
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        found.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
 def _is_size(value: object) -> bool:
     return type(value) is int and 1 <= value < 2**31
 
@@ -89,6 +102,10 @@ def _is_size(value: object) -> bool:
 def _load(folder: Path, network: nn.Module) -> nn.Module:
     try:
         weights = load_file(folder / WEIGHTS)
+        with safe_open(folder / WEIGHTS, framework="pt") as file:
+            noted = (file.metadata() or {}).get(CHECKSUM)
+        if noted not in (None, checksum(weights)):  # files of other programs have none
+            raise UsageError(f"the weights in {folder / WEIGHTS} are damaged: they are not those that were written")
         network.load_state_dict(weights)
     except (SafetensorError, RuntimeError, OSError) as error:
         reason = str(error).strip().splitlines()[-1].strip()

@@ -1,38 +1,43 @@
 """The main job: train a generator on a data set with GAC, and leave a run folder behind.
 
-config.json  metrics.jsonl  samples/step-N.png  generator/  discriminator/  evaluation.json
+config.json  metrics.jsonl  samples/step-N.png  checkpoints/step-N/  generator/  discriminator/  evaluation.json
 """
 
-import json
-import math
 import sys
 import time
-from contextlib import nullcontext
+import zlib
+from collections.abc import Generator, Iterator
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import set_seed, tqdm
+from accelerate import Accelerator, PartialState
+from accelerate.utils import set_seed
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm.auto import tqdm
 
-from gac_plugin.conjugate import ConjugateGradient
-from gac_plugin.cotangent import evaluating
 from gac_plugin.errors import UsageError
-from gac_plugin.penalties import GradientPenalty
-from gac_plugin.strategy import GAC, Stats
+from gac_plugin.strategy import Stats
+from gac_plugin.training.batches import batches, to_samples
+from gac_plugin.training.checkpoint import Checkpoint, Checkpoints, Stateful, newest_intact, read_checkpoint
 from gac_plugin.training.config import FEWEST_TO_EVALUATE, Config
-from gac_plugin.training.data import batches, load_images, to_pixels
-from gac_plugin.training.evaluate import Evaluation, evaluate, make_features
-from gac_plugin.training.files import MARK, clear_run, next_run, run_folder, write_grid, write_json
+from gac_plugin.training.data import Images, Source, load_images, sample
+from gac_plugin.training.evaluate import Evaluation, Features, evaluate, make_features
+from gac_plugin.training.files import next_run, run_folder, write_json
+from gac_plugin.training.game import Game
+from gac_plugin.training.health import Health
 from gac_plugin.training.hub import save_network
+from gac_plugin.training.journal import GRID, METRICS, Journal, render, tracker_names
 from gac_plugin.training.networks import Recipe, choose_recipe
+from gac_plugin.training.processes import everyones, from_main, main_only, require_one_run, together
+from gac_plugin.training.random_states import RandomStates
+from gac_plugin.training.stopping import Goal, Signals, Stop
 
-GRID = 64
-GENERATION_BATCH = 1000
+AGREE_EVERY = 10
+"""Steps from one look at what the other processes know of stopping to the next; a process alone looks at each."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +49,10 @@ class Result:
         generator: the trained generator, the running average where there is one, in evaluation mode.
         recipe: how its networks were built.
         evaluation: None where none was asked for.
-        seconds: of training, without loading data and evaluating.
+        seconds: of training, without loading data and evaluating, since the run began or was resumed.
         samples_per_second: real samples seen in a second, over all processes.
+        step: the last step taken.
+        stopped: why it ended before its last step, `Stop.NO` if it did not.
     """
 
     folder: Path
@@ -54,68 +61,44 @@ class Result:
     evaluation: Evaluation | None
     seconds: float
     samples_per_second: float
+    step: int
+    stopped: Stop
 
 
 def train(config: Config) -> Result:
     """Train by a configuration; in several processes, call it in each.
 
     Raises:
-        UsageError: see `load_images`, `run_folder` and `GAC`; or training diverged.
+        UsageError: see `load_images`, `run_folder`, `newest_intact` and `GAC`; training diverged; or a checkpoint
+            cannot be written.
+        KeyboardInterrupt: Ctrl-C, after a checkpoint was written.
     """
-    accelerator = Accelerator(mixed_precision=config.mixed_precision, cpu=config.cpu)
-    set_seed(config.seed)
-    path = Path(config.output_dir) if config.output_dir else next_run(Path(config.dataset).name)
-    main = accelerator.is_main_process
-    with run_folder(path, config.overwrite) if main else nullcontext(path) as folder:
-        real, test = load_images(config)
-        if config.evaluation_samples and len(test.pixels) < FEWEST_TO_EVALUATE:
-            raise UsageError(
-                f"{len(test.pixels)} images in split {test.split!r} are too few to evaluate against; "
-                "pass --evaluation-samples 0, or another --test-split"
-            )
-        recipe = choose_recipe(config, real.sample_shape)
-        generator, discriminator = recipe.generator(), recipe.discriminator()
-        gac = _make_gac(config, generator, discriminator, accelerator)
-        average = _running_average(config, generator).to(accelerator.device)
-        stream = batches(
-            real.pixels.to(accelerator.device),
-            config.batch_size,
-            config.value_range,
-            config.seed,
-            accelerator.process_index,
-            accelerator.num_processes,
+    process = PartialState(cpu=config.cpu)
+    require_one_run()
+    wanted = from_main(config.output_dir or str(next_run(Path(config.dataset).name)))
+    with ExitStack() as stack:
+        with together():
+            _require_half_precision(config, process.device)
+            folder, trackers = Path(wanted), tracker_names(config.tracker)
+            if process.is_main_process:
+                stack.enter_context(run_folder(folder, config.overwrite or config.resume is not None))
+        with together():
+            real, test = load_images(config, process.device)
+            recipe = choose_recipe(config, real.sample_shape)
+            set_seed(config.seed)
+            generator, discriminator = recipe.generator(), recipe.discriminator()
+            _require_enough(config, test)
+        accelerator = Accelerator(
+            mixed_precision=config.mixed_precision,
+            cpu=config.cpu,
+            gradient_accumulation_steps=config.accumulation,
+            log_with=trackers or None,
+            project_dir=folder / "logs",
         )
-        set_seed(config.seed, device_specific=True)  # each process draws latents of its own
-        journal = _Journal(config, folder, average.module, accelerator.device) if main else None
-        start = time.perf_counter()
-        progress = tqdm(
-            islice(stream, config.steps),
-            total=config.steps,
-            desc=str(folder),
-            unit="step",
-            mininterval=0.1 if sys.stderr.isatty() else 10,  # a log file wants a line now and then
-        )
-        for step, batch in enumerate(progress, start=1):
-            stats = gac.step(batch)
-            average.update_parameters(accelerator.unwrap_model(gac.generator))
-            if journal:
-                shown = journal.note(step, stats, time.perf_counter() - start)
-                if shown:
-                    progress.set_postfix_str(shown, refresh=False)
-        seconds = time.perf_counter() - start
-
-        accelerator.wait_for_everyone()
-        evaluation = None
-        if main:
-            save_network(folder / "generator", average.module, recipe)
-            save_network(folder / "discriminator", accelerator.unwrap_model(gac.discriminator), recipe)
-            if config.evaluation_samples:
-                pixels = generate(average.module, recipe, config.evaluation_samples, config.seed, accelerator.device)
-                features = make_features(real, test, config.seed, accelerator.device)
-                evaluation = evaluate(features, test.pixels.to(accelerator.device), pixels)
-                write_json(folder / "evaluation.json", evaluation.to_json())
-    seen = config.steps * config.batch_size * accelerator.num_processes
-    return Result(folder, average.module.eval(), recipe, evaluation, seconds, seen / seconds)
+        with together():
+            run = _Run(config, folder, accelerator, recipe, (generator, discriminator), (real, test))
+        run.resume()
+        return run.go()
 
 
 def generate(generator: nn.Module, recipe: Recipe, count: int, seed: int, device: torch.device | str = "cpu") -> Tensor:
@@ -135,83 +118,268 @@ def generate(generator: nn.Module, recipe: Recipe, count: int, seed: int, device
     return render(generator, latents.to(device), recipe.value_range)
 
 
-@torch.no_grad()
-def render(generator: nn.Module, latents: Tensor, value_range: tuple[float, float]) -> Tensor:
-    """uint8 pixels (N, C, H, W) of latents (N, latent_size), in evaluation mode and in parts of 1,000."""
-    with evaluating(generator):
-        return torch.cat([to_pixels(generator(part), value_range) for part in latents.split(GENERATION_BATCH)])
+class _Run:
+    """One run of `train` in one process: what it is made of, and the loop over its steps."""
 
+    def __init__(
+        self,
+        config: Config,
+        folder: Path,
+        accelerator: Accelerator,
+        recipe: Recipe,
+        networks: tuple[nn.Module, nn.Module],
+        images: tuple[Source, Images],
+    ) -> None:
+        self.config, self.folder, self.accelerator, self.recipe = config, folder, accelerator, recipe
+        self.real, self.test = images
+        self.main = accelerator.is_main_process
+        self.game = Game(config, *networks, accelerator)
+        self.random = RandomStates()
+        self.health = Health(self.game.gac.loss, _say)
+        few = to_samples(sample(self.real, GRID).pixels.to(accelerator.device), config.value_range)
+        self.journal = Journal(config, folder, accelerator, self.health, few)
+        self.checkpoints: Checkpoints | None = None
+        self.features: Features | None = None
+        self.evaluation: tuple[int, Evaluation] | None = None
+        self.goal = Goal.parse(config.until) if config.until else None
+        self.best: dict[str, float] = {}
+        self.step = self.saved = self.first_step = self.first_batch = 0
+        self.seconds_before = 0.0
+        self.mistake: UsageError | None = None
+        # for networks that draw numbers of their own
+        set_seed((config.seed + accelerator.process_index) % 2**32)
 
-def _make_gac(config: Config, generator: nn.Module, discriminator: nn.Module, accelerator: Accelerator) -> GAC:
-    betas = (config.beta1, config.beta2)
-    generator_optimizer: torch.optim.Optimizer
-    if config.optimizer == "conjugate":
-        generator_optimizer = ConjugateGradient(
-            generator.parameters(),
-            config.lr_generator,
-            rule=config.rule,
-            metric=config.metric,
-            beta_max=config.beta_max,
-            beta2=config.beta2,
+    @property
+    def parts(self) -> dict[str, Stateful]:
+        """Everything with a state of its own."""
+        return {**self.game.parts, "random": self.random, "journal": self.journal, "health": self.health}
+
+    def resume(self) -> None:
+        """Go on from a checkpoint, if the configuration asks for it and there is one."""
+        found: Checkpoint | None = None
+        with together():
+            if self.main and self.config.resume == "auto":
+                found = newest_intact(self.folder / "checkpoints", _say)
+            elif self.main and self.config.resume is not None:
+                found = read_checkpoint(Path(self.config.resume))
+        place = from_main(str(found.folder) if found else "")
+        if not place:
+            return
+        with together():
+            checkpoint = found or read_checkpoint(Path(place))
+            self.config.require_same_run(checkpoint.facts["config"])
+            checkpoint.restore(self.parts)
+        facts = checkpoint.facts
+        self.step = self.saved = self.first_step = checkpoint.step
+        self.game.skipped_in_a_row = facts["skipped"]
+        self.seconds_before, self.best = facts["seconds"], facts["best"]
+        # the position counts images, so that another number of processes goes on with the same ones
+        self.first_batch = facts["epoch"] * (len(self.real) // self._taken) + facts["images"] // self._taken
+        if self.main:
+            self._begin(checkpoint.texts[METRICS])
+            _say(f"going on from {checkpoint.folder}, step {self.step}")
+            if facts["processes"] != self.accelerator.num_processes:
+                _say(f"with {self.accelerator.num_processes} processes instead of {facts['processes']}: other batches")
+
+    def go(self) -> Result:
+        """Train to the end, or until something stops it, and close the run."""
+        stream, start, stop = self._stream(), time.perf_counter(), Stop.NO
+        progress = tqdm(
+            initial=self.step,
+            total=self.config.steps,
+            desc=str(self.folder),
+            unit="step",
+            mininterval=0.1 if sys.stderr.isatty() else 10,  # a log file wants a line now and then
+            disable=not self.main,
         )
-    else:
-        generator_optimizer = torch.optim.Adam(generator.parameters(), config.lr_generator, betas)
-    discriminator_optimizer = torch.optim.Adam(discriminator.parameters(), config.lr_discriminator, betas)
-    prepared = accelerator.prepare(generator, discriminator, generator_optimizer, discriminator_optimizer)
-    generator, discriminator, generator_optimizer, discriminator_optimizer = prepared
-    return GAC(
-        generator,
-        discriminator,
-        generator_optimizer,
-        discriminator_optimizer,
-        loss=config.loss,
-        score=config.score,
-        penalty=GradientPenalty(config.r1, config.r2, config.penalty_interval),
-        schedule=config.schedule,
-        accelerator=accelerator,
-        latent=config.latent_size,
-    )
+        try:
+            with progress, closing(stream), Signals() as signals:
+                while self.step < self.config.steps:
+                    self.step += 1
+                    stats = self._take_step(stream)
+                    seconds = time.perf_counter() - start
+                    try:
+                        shown = self._write(stats, self.seconds_before + seconds)
+                    except UsageError as error:  # all processes are to learn of it
+                        shown, self.mistake = None, error
+                    progress.update()
+                    if shown:
+                        progress.set_postfix_str(shown, refresh=False)
+                    stop = self._agreed_stop(signals.stop, seconds)
+                    if stop is Stop.FAILED:
+                        raise main_only(self.mistake or UsageError("the main process tells what could not be written"))
+                    if stop is not Stop.NO or self._checkpoint_due:
+                        self._save(self.seconds_before + seconds)
+                    if stop is not Stop.NO:
+                        break
+                seconds = time.perf_counter() - start
+                if self.checkpoints is not None:
+                    self.checkpoints.wait()
+        finally:
+            if self.checkpoints is not None:
+                self.checkpoints.wait()
+        return self._close(stop, seconds)
 
+    def _stream(self) -> Generator[tuple[Tensor, Tensor]]:
+        """Real samples and latents of the batches to come, each process's share of them."""
+        config, accelerator = self.config, self.accelerator
+        real = batches(
+            self.real,
+            config.batch_size,
+            config.value_range,
+            config.seed,
+            accelerator.process_index,
+            accelerator.num_processes,
+            accelerator.device,
+            config.workers,
+            self.first_batch,
+        )
+        return (
+            (samples, self._latents(number)) for number, samples in enumerate(real, self.step * config.accumulation)
+        )
 
-def _running_average(config: Config, generator: nn.Module) -> AveragedModel:
-    # decay 0 keeps a plain copy of the generator: the average is then the network itself
-    return AveragedModel(generator, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
+    def _latents(self, number: int) -> Tensor:
+        """Latents of a batch of the run, shape (batch_size, latent_size): this process's rows of what all draw alike.
 
+        So a run does not depend on the number of processes that share it, nor on what was drawn before.
+        """
+        config, device, rank = self.config, self.accelerator.device, self.accelerator.process_index
+        draw = torch.Generator(device).manual_seed(zlib.crc32(f"latents {config.seed} {number}".encode()))
+        z = torch.randn(self._taken, config.latent_size, generator=draw, device=device)
+        return z[rank * config.batch_size : (rank + 1) * config.batch_size]
 
-class _Journal:
-    """What a run writes while it trains: its configuration, figures, and pictures from fixed latents."""
-
-    def __init__(self, config: Config, folder: Path, generator: nn.Module, device: torch.device) -> None:
-        self.config, self.folder, self.generator = config, folder, generator
-        seed = torch.Generator().manual_seed(config.seed)
-        self.latents = torch.randn(GRID, config.latent_size, generator=seed).to(device)
-        self.latest: Stats = {}
-
-    def note(self, step: int, stats: Stats, seconds: float) -> str | None:
-        """Take a step's statistics; on the steps where they are written, return them as text."""
-        config = self.config
-        if step == 1:  # nothing is written before a first step has gone through
-            clear_run(self.folder)
-            write_json(self.folder / MARK, config.to_json())
-        self.latest.update(stats)
-        if step % config.sample_every == 0 or step == config.steps:
-            write_grid(
-                self.folder / "samples" / f"step-{step:07d}.png",
-                render(self.generator, self.latents, config.value_range),
+    def _take_step(self, stream: Iterator[tuple[Tensor, Tensor]]) -> Stats:
+        stats = self.game.step(self.step, islice(stream, self.config.accumulation))
+        skipped = self.game.skipped_in_a_row
+        if self.config.max_skipped and skipped >= self.config.max_skipped:
+            kept = f"; the checkpoint of step {self.saved} is kept" if self.saved else ""
+            raise main_only(
+                UsageError(
+                    f"training diverged: a loss or gradient was not finite in {skipped} steps in a row, "
+                    f"up to step {self.step}{kept}; lower --lr-generator and --lr-discriminator, or raise --r1 and --r2"
+                )
             )
-        if step > 1 and step % config.log_every and step != config.steps:
+        return stats
+
+    def _write(self, stats: Stats, seconds: float) -> str | None:
+        """The main process's part of a step: evaluation, figures, pictures; returns what to show."""
+        if not self.main or self.mistake is not None:
             return None
-        values = dict(zip(self.latest, torch.stack([v.float() for v in self.latest.values()]).tolist(), strict=True))
-        bad = [name for name, value in values.items() if not math.isfinite(value)]
-        self._append({"step": step, "seconds": round(seconds, 3), **values, **dict.fromkeys(bad)})
-        if bad:
-            raise UsageError(
-                f"training diverged: {', '.join(bad)} not finite at step {step}; lower --lr-generator and "
-                "--lr-discriminator, or raise --r1 and --r2"
-            )
-        names = {"loss_d": "loss D", "loss_g": "loss G", "d_real": "D(x)", "d_fake": "D(G(z))", "beta": "beta"}
-        return " ".join(f"{name} {values[key]:.2f}" for key, name in names.items() if key in values)
+        config, step = self.config, self.step
+        if self.checkpoints is None:  # nothing is written before a first step has gone through
+            self._begin(None)
+        last = step == config.steps
+        if step % config.sample_every == 0 or last:
+            self.journal.draw(step, self.game.average.network)
+        extra: dict[str, Any] = {"skipped": self.game.gac.skipped} if self.game.gac.skipped else {}
+        if self._evaluation_due:
+            extra |= {name: getattr(self._evaluate(), name) for name in ("frechet", "precision", "recall")}
+            if not self.best or extra["frechet"] < self.best["frechet"]:
+                self.best = {"step": step, "frechet": extra["frechet"]}
+        if step == 1 or step % config.log_every == 0 or last or extra.keys() & {"frechet"}:
+            return self.journal.note(step, stats, seconds, self.game.generator, extra)
+        self.journal.take(stats)
+        return None
 
-    def _append(self, record: dict[str, Any]) -> None:
-        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+    @property
+    def _evaluation_due(self) -> bool:
+        every = self.config.evaluation_interval
+        return bool(every) and self.step % every == 0
+
+    @property
+    def _checkpoint_due(self) -> bool:
+        every = self.config.checkpoint_every
+        return bool(every) and (self.step % every == 0 or self._evaluation_due or self.step == self.config.steps)
+
+    @property
+    def _taken(self) -> int:
+        return self.config.batch_size * self.accelerator.num_processes
+
+    def _agreed_stop(self, asked: Stop, seconds: float) -> Stop:
+        """Why to stop now, the same in all processes."""
+        own = asked
+        if self.config.max_hours is not None and seconds >= 3600 * self.config.max_hours:
+            own = max(own, Stop.TIME)
+        if self.goal and self.evaluation and self.evaluation[0] == self.step:
+            own = max(own, Stop.GOAL if self.goal.is_met(self.evaluation[1].to_json()) else Stop.NO)
+        if self.checkpoints is not None:
+            try:
+                self.checkpoints.check()
+            except UsageError as error:
+                self.mistake = error
+        if self.mistake is not None:
+            own = Stop.FAILED
+        alone = self.accelerator.num_processes == 1
+        if alone or self.step % AGREE_EVERY == 0 or self._checkpoint_due or self._evaluation_due:
+            return Stop(max(everyones(own)))
+        return Stop.NO
+
+    def _save(self, seconds: float) -> None:
+        self.random.collect()
+        self.saved = self.step
+        if self.checkpoints is None:
+            return
+        seen = self.first_batch + (self.step - self.first_step) * self.config.accumulation
+        epoch, batch = divmod(seen, len(self.real) // self._taken)
+        facts = {
+            "config": self.config.to_json(),
+            "epoch": epoch,
+            "images": batch * self._taken,
+            "processes": self.accelerator.num_processes,
+            "seconds": seconds,
+            "skipped": self.game.skipped_in_a_row,
+            "best": self.best,
+        }
+        keep = [int(self.best["step"])] if self.best else []
+        self.checkpoints.save(self.step, self.parts, facts, {METRICS: self.journal.text()}, keep)
+
+    def _begin(self, metrics: str | None) -> None:
+        self.journal.begin(metrics)
+        self.checkpoints = Checkpoints(self.folder / "checkpoints", self.config.keep_checkpoints)
+        self.checkpoints.forget_after(self.saved)
+
+    def _evaluate(self) -> Evaluation:
+        """The average generator's evaluation at this step."""
+        if self.evaluation is None or self.evaluation[0] != self.step:
+            config, device = self.config, self.accelerator.device
+            if self.features is None:
+                self.features = make_features(sample(self.real), self.test, config.seed, device)
+            pixels = generate(self.game.average.network, self.recipe, config.evaluation_samples, config.seed, device)
+            self.evaluation = self.step, evaluate(self.features, self.test.pixels.to(device), pixels)
+        return self.evaluation[1]
+
+    def _close(self, stop: Stop, seconds: float) -> Result:
+        asked = stop in (Stop.TERMINATED, Stop.INTERRUPTED)
+        if asked and self.main:
+            how = "SIGTERM" if stop is Stop.TERMINATED else "Ctrl-C"
+            _say(f"{how}: step {self.step} saved; go on with --resume auto --output-dir {self.folder}")
+        if stop is Stop.INTERRUPTED:
+            raise KeyboardInterrupt
+        evaluation = None
+        if self.main and not asked:
+            save_network(self.folder / "generator", self.game.average.network, self.recipe)
+            save_network(self.folder / "discriminator", self.game.discriminator, self.recipe)
+            if self.config.evaluation_samples:
+                evaluation = self._evaluate()
+                write_json(self.folder / "evaluation.json", evaluation.to_json())
+        self.accelerator.end_training()
+        seen = (self.step - self.first_step) * self._taken * self.config.accumulation
+        network = self.game.average.network.eval()
+        return Result(self.folder, network, self.recipe, evaluation, seconds, seen / seconds, self.step, stop)
+
+
+def _require_half_precision(config: Config, device: torch.device) -> None:
+    if config.mixed_precision == "fp16" and device.type == "cpu":  # accelerate would train in float32 without a word
+        raise UsageError("--mixed-precision fp16 needs a GPU, and this run is on the CPU; pass bf16 or no")
+
+
+def _require_enough(config: Config, test: Images) -> None:
+    if config.evaluation_samples and len(test) < FEWEST_TO_EVALUATE:
+        raise UsageError(
+            f"{len(test)} images in split {test.split!r} are too few to evaluate against; "
+            "pass --evaluation-samples 0, or another --test-split"
+        )
+
+
+def _say(text: str) -> None:
+    tqdm.write(f"gac: {text}", file=sys.stderr)

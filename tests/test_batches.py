@@ -1,0 +1,194 @@
+"""The order of the images, where a stream starts, and the processes that decode."""
+
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+from itertools import islice
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image as Picture
+
+from gac_plugin.errors import UsageError
+from gac_plugin.training.batches import batches, position, to_pixels, to_samples
+from gac_plugin.training.config import Config
+from gac_plugin.training.data import Stored, load_images
+
+COUNTING = torch.arange(10, dtype=torch.uint8).reshape(10, 1, 1, 1)
+AS_THEY_ARE = (0.0, 255.0)
+
+
+def rows(count: int, batch_size: int, rank: int = 0, processes: int = 1, **settings) -> list[list[int]]:
+    """The values of `count` batches out of the pixels 0 to 9."""
+    stream = batches(COUNTING, batch_size, AS_THEY_ARE, 7, rank, processes, **settings)
+    return [batch.flatten().int().tolist() for batch in islice(stream, count)]
+
+
+@pytest.fixture
+def stored() -> Stored:
+    """The embedded digits, decoded when they are read."""
+    images, _ = load_images(Config(workers=1))
+    assert isinstance(images, Stored)
+    return images
+
+
+@pytest.mark.parametrize("value_range", [(-1.0, 1.0), (0.0, 1.0)])
+def test_pixels_and_samples_convert_back_and_forth(value_range):
+    pixels = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16)
+    samples = to_samples(pixels, value_range)
+    low, high = value_range
+    expected = low + (high - low) * np.arange(256) / 255
+    np.testing.assert_allclose(samples.flatten().numpy(), expected, atol=2e-7)
+    assert torch.equal(to_pixels(samples, value_range), pixels)
+    assert to_pixels(torch.tensor([low - 9, high + 9]), value_range).tolist() == [0, 255]
+
+
+def test_every_row_comes_once_in_an_epoch_and_processes_share_it():
+    alone = rows(4, 4)
+    for epoch in (alone[:2], alone[2:]):
+        assert len({*epoch[0], *epoch[1]}) == 8, "an epoch of two batches, the two rows left over dropped"
+    assert alone[:2] != alone[2:]
+    first, second = rows(4, 2, 0, 2), rows(4, 2, 1, 2)
+    assert [a + b for a, b in zip(first, second, strict=True)] == alone
+
+
+def test_an_epoch_is_the_permutation_of_the_seed_and_the_epoch():
+    for epoch in range(3):
+        order = torch.randperm(10, generator=torch.Generator().manual_seed(7 * 1_000_003 + epoch)).tolist()
+        assert rows(2, 4, start=2 * epoch) == [order[:4], order[4:8]]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(("rank", "processes"), [(0, 1), (0, 2), (1, 2)])
+def test_a_stream_started_later_is_the_rest_of_the_whole_one(rank, processes, workers):
+    whole = rows(16, 3 // processes, rank, processes)  # 3 or, of 2 taken by two processes, 5 batches in an epoch
+    for start in (0, 1, 2, 3, 5, 6, 10, 13):
+        part = rows(16 - start, 3 // processes, rank, processes, start=start, workers=workers)
+        assert part == whole[start:], f"from batch {start}"
+
+
+def test_the_position_tells_epoch_and_number_within_it():
+    assert [position(batch, 10, 4) for batch in (0, 1, 2, 7)] == [(0, 0), (0, 1), (1, 0), (3, 1)]
+    epoch, index = position(12_345, 10, 3)
+    assert 3 * epoch + index == 12_345
+
+
+def test_batches_before_the_start_are_not_read():
+    class Recording:
+        """Pixels that note which rows are asked for."""
+
+        asked: list[list[int]] = []  # noqa: RUF012
+
+        def __len__(self) -> int:
+            return 10
+
+        def __getitem__(self, wanted: torch.Tensor) -> torch.Tensor:
+            self.asked.append(wanted.tolist())
+            return COUNTING[wanted]
+
+    taken = [batch.flatten().int().tolist() for batch in islice(batches(Recording(), 4, AS_THEY_ARE, 7, start=5), 3)]
+    assert Recording.asked == taken == rows(8, 4)[5:]
+
+
+def test_a_data_set_smaller_than_a_batch_is_refused():
+    with pytest.raises(UsageError, match="10 images, fewer than one batch of 24; pass a --batch-size of at most 5"):
+        batches(COUNTING, 12, (0.0, 1.0), seed=0, processes=2)
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_batches_are_bit_identical_however_they_are_decoded(stored, workers):
+    whole, _ = load_images(Config())
+    expected = batches(whole, 300, (-1.0, 1.0), seed=3)
+    stream = batches(stored, 300, (-1.0, 1.0), seed=3, workers=workers)
+    for ours, theirs in islice(zip(stream, expected, strict=True), 6):  # four in an epoch
+        assert ours.dtype == torch.float32
+        assert torch.equal(ours, theirs)
+
+
+def test_workers_leave_the_random_numbers_of_this_process_alone(stored):
+    def states() -> tuple:
+        return torch.get_rng_state().tolist(), str(np.random.get_state(legacy=False)), random.getstate()
+
+    before = states()
+    next(batches(stored, 8, (0.0, 1.0), seed=0, workers=2))
+    assert states() == before
+
+
+def test_a_mistake_in_a_worker_is_told_in_one_line(tmp_path):
+    cells = [{"bytes": b"not a picture", "path": None}] * 8
+    Picture.new("L", (4, 4)).save(tmp_path / "first.png")
+    cells[0] = {"bytes": (tmp_path / "first.png").read_bytes(), "path": None}
+    broken = datasets.Dataset.from_dict({"image": cells}, features=datasets.Features({"image": datasets.Image()}))
+    broken.to_parquet(tmp_path / "set" / "data" / "train-00000-of-00001.parquet")
+    good = datasets.Dataset.from_dict({"image": cells[:1]}, features=datasets.Features({"image": datasets.Image()}))
+    good.to_parquet(tmp_path / "set" / "data" / "test-00000-of-00001.parquet")
+    images, _ = load_images(Config(dataset=str(tmp_path / "set"), workers=1))
+    with pytest.raises(UsageError, match=r"^image \d of split 'train' cannot be decoded: .*; remove the row") as caught:
+        next(batches(images, 8, (0.0, 1.0), seed=0, workers=2))
+    assert "\n" not in str(caught.value)
+    assert not multiprocessing.active_children(), "though the error is still held"
+
+
+@pytest.mark.parametrize("end", ["close", "drop"])
+def test_workers_end_with_the_stream(stored, end):
+    stream = batches(stored, 8, (0.0, 1.0), seed=0, workers=2)
+    next(stream)
+    workers = multiprocessing.active_children()
+    assert len(workers) == 2
+    if end == "close":
+        stream.close()
+    else:
+        del stream
+    assert not any(worker.is_alive() for worker in workers)
+    assert [worker.exitcode for worker in workers] == [0, 0], "of themselves, not killed"
+
+
+def test_signals_are_for_the_main_process_but_sigterm_to_a_worker_ends_it(stored):
+    before = signal.signal(signal.SIGTERM, lambda *_: None)  # the main process's own handler is none of theirs
+    try:
+        stream = batches(stored, 8, (0.0, 1.0), seed=0, workers=1)
+        next(stream)
+        (worker,) = multiprocessing.active_children()
+        assert os.getpgid(worker.pid) != os.getpgrp(), "what is sent to the process group is for the main process"
+        os.kill(worker.pid, signal.SIGINT)
+        assert len(list(islice(stream, 20))) == 20, "more than were decoded ahead"
+        os.kill(worker.pid, signal.SIGTERM)
+        worker.join(60)
+        assert worker.exitcode is not None
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+SCRIPT = """
+import multiprocessing, torch
+from gac_plugin.training.batches import batches
+from gac_plugin.training.config import Config
+from gac_plugin.training.data import load_images
+
+if __name__ == "__main__":
+    torch.set_num_threads(2)
+    torch.randn(300, 300) @ torch.randn(300, 300) + torch.randn(2_000_000).sum()
+    stream = batches(load_images(Config(workers=2))[0], 64, (0.0, 1.0), seed=0, workers=2)
+    for _ in range(50):
+        torch.randn(300, 300) @ torch.randn(300, 300) + torch.randn(2_000_000).exp().sum()
+        next(stream)
+    print(*(worker.pid for worker in multiprocessing.active_children()))
+"""
+
+
+def test_workers_started_after_threads_work_and_end_with_their_process(tmp_path):
+    (tmp_path / "main.py").write_text(SCRIPT)
+    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+    command = [sys.executable, "-W", "error:::multiprocessing", str(tmp_path / "main.py")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=180, env=environment, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    pids = [int(pid) for pid in done.stdout.split()]
+    assert len(pids) == 2
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
