@@ -17,12 +17,11 @@ from gac_plugin.train import OneLineParser
 from gac_plugin.train import add_arguments as add_train_arguments
 from gac_plugin.train import run as run_train
 from gac_plugin.training.config import PRESETS
-from gac_plugin.training.files import write_grid
+from gac_plugin.training.data import codec_of
 from gac_plugin.training.hub import load_generator, network_folder, read_recipe
 from gac_plugin.training.loop import generate
 from gac_plugin.training.networks import adapter_names, find_adapter
 
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 MOST_SAMPLES = 100_000
 LIBRARIES = ("torch", "accelerate", "datasets", "timm", "safetensors", "huggingface_hub", "numpy", "pillow")
 
@@ -49,10 +48,10 @@ def _parser() -> argparse.ArgumentParser:
     add_train_arguments(train)
     train.set_defaults(run=run_train)
 
-    sample = commands.add_parser("sample", help="write a picture of generated samples", allow_abbrev=False)
+    sample = commands.add_parser("sample", help="write generated samples to a file", allow_abbrev=False)
     sample.add_argument("model", metavar="RUN_OR_MODEL", help="run folder, or folder of a saved generator")
     sample.add_argument("--n", type=int, default=64, metavar="N", help="how many samples (default: 64)")
-    sample.add_argument("--out", default="samples.png", metavar="FILE", help="picture to write (default: samples.png)")
+    sample.add_argument("--out", metavar="FILE", help="file to write (default: samples.png, or what suits the data)")
     sample.add_argument("--columns", type=int, metavar="N", help="samples in a row (default: a square)")
     sample.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the latents (default: 0)")
     sample.set_defaults(run=_sample)
@@ -71,12 +70,13 @@ def _sample(arguments: argparse.Namespace) -> None:
     ):
         if not least <= value <= most:
             raise UsageError(f"{name} must be between {least} and {most}, got {value}")
-    out = Path(arguments.out)
-    if out.suffix.lower() not in PICTURES:
-        raise UsageError(f"--out must end in one of {', '.join(PICTURES)}; got {arguments.out!r}")
     recipe = read_recipe(network_folder(arguments.model, "generator"))
-    pixels = generate(load_generator(arguments.model), recipe, arguments.n, arguments.seed)
-    write_grid(out, pixels, min(arguments.columns, arguments.n) if arguments.columns else None)
+    codec = codec_of(recipe)
+    out = Path(arguments.out or f"samples{codec.suffixes[0]}")
+    if out.suffix.lower() not in codec.suffixes:
+        raise UsageError(f"--out must end in one of {', '.join(codec.suffixes)}; got {arguments.out!r}")
+    stored = generate(load_generator(arguments.model), recipe, arguments.n, arguments.seed)
+    codec.write(out, stored, min(arguments.columns, arguments.n) if arguments.columns else None)
     print(f"{arguments.n} samples in {out}")
 
 
@@ -88,7 +88,7 @@ def _info(arguments: argparse.Namespace) -> None:
         "metrics": _descriptions(METRICS),
         "penalties": {name: str(penalty) for name, penalty in PENALTIES.items()},
         "schedules": list(SCHEDULES),
-        "adapters": {name: find_adapter(name).description for name in adapter_names()},
+        "adapters": {name: _adapter(name) for name in adapter_names()},
         "presets": PRESETS,
         "versions": {
             "gac-plugin": __version__,
@@ -104,6 +104,14 @@ def _info(arguments: argparse.Namespace) -> None:
         print(title)
         for name, text in content.items() if isinstance(content, Mapping) else ((entry, "") for entry in content):
             print(f"  {name:<16} {text}".rstrip())
+
+
+def _adapter(name: str) -> str:
+    """What an adapter says of itself; one that cannot be used does not keep the others from being listed."""
+    try:
+        return find_adapter(name).description
+    except UsageError as error:
+        return f"(cannot be used: {error})"
 
 
 def _descriptions(table: Mapping[str, Any]) -> dict[str, str]:

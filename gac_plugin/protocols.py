@@ -1,7 +1,8 @@
 """What GAC asks of foreign objects: networks, latents, and the packages that adapters wrap."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -97,21 +98,100 @@ def latent_sampler(latent: LatentSource | None, generator: nn.Module) -> Callabl
     return lambda real: torch.randn(real.shape[0], *shape, device=real.device, dtype=real.dtype)
 
 
+class Codec(Protocol):
+    """How the cells of a data set's column become samples, and samples become files that people look at, hear or read.
+
+    Attributes:
+        sample_shape: of a sample, as both networks see it.
+        suffixes: of the files that it writes, the usual one first.
+    """
+
+    @property
+    def sample_shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def suffixes(self) -> tuple[str, ...]: ...
+
+    def to_samples(self, stored: Tensor) -> Tensor:
+        """What is kept in memory, shape (B, ...) -> float32 samples, shape (B, *sample_shape), on the same device."""
+        ...
+
+    def to_stored(self, samples: Tensor) -> Tensor:
+        """The way back, for generated samples."""
+        ...
+
+    def pictures(self, stored: Tensor) -> Tensor:
+        """uint8 pixels, shape (B, C, H, W): what evaluation takes features from."""
+        ...
+
+    def write(self, path: Path, stored: Tensor, columns: int | None = None) -> None:
+        """Write samples to a file, whole or not at all; its suffix, one of `suffixes`, tells the kind.
+
+        Args:
+            path: where the file is to stand.
+            stored: shape (B, ...).
+            columns: pictures in a row, where there are pictures.
+        """
+        ...
+
+    def figures(self, train: Tensor, test: Tensor, generated: Tensor) -> dict[str, float]:
+        """Figures of merit that are this kind of data's own, by name; all arguments as stored. Empty for none."""
+        ...
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON values from which `Medium.load` makes the same codec."""
+        ...
+
+
+class Encoder(Codec, Protocol):
+    """A codec that reads cells one by one."""
+
+    def encode(self, cell: Any) -> Tensor:
+        """A cell as it is in the data set, undecoded -> what is kept in memory, of one shape for all cells.
+
+        Raises:
+            UsageError: what is wrong with the cell; the caller says which one it is.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Medium:
+    """A kind of data, other than images, that an adapter's networks make.
+
+    Attributes:
+        column: type of the data set's column, as `datasets` calls it: "Audio", "string".
+        fit: (undecoded cells of the training split, options of the adapter) -> codec.
+        load: what the codec's `to_json` gave -> the same codec.
+    """
+
+    column: str
+    fit: Callable[[Iterable[Any], Mapping[str, Any]], Encoder]
+    load: Callable[[Mapping[str, Any]], Encoder]
+
+
 @dataclass(frozen=True)
 class Adapter:
     """Networks of one ecosystem, found by the entry point group `gac_plugin.adapters`.
 
     Both builders take the same keyword arguments, all of them JSON values, and return a network with fresh weights:
-    `sample_shape` (C, H, W), `latent_size`, `width`, `depth`, and `output`, "tanh" or "sigmoid", the range of samples.
+    `sample_shape`, for images (C, H, W), `latent_size`, `width`, `depth`, and `output`, "tanh" or "sigmoid", the range
+    of samples; options of the adapter's own, if it has any; and for conditional training `classes`, the number of
+    classes. Both networks are then called with `labels=`, int64, shape (B,).
 
     Attributes:
         name: its entry point.
         generator: builds a network from latents (B, latent_size) to samples (B, *sample_shape).
         discriminator: builds a network from samples (B, *sample_shape) to logits (B, 1).
         description: one line.
+        medium: what the samples are; None for images.
+        width, depth: what the builders get where the user gives none.
     """
 
     name: str
     generator: Callable[..., nn.Module]
     discriminator: Callable[..., nn.Module]
     description: str
+    medium: Medium | None = None
+    width: int = 64
+    depth: int = 2

@@ -68,6 +68,12 @@ def summary(result: Result) -> str:
             ("Frechet distance", f"{evaluation.frechet:.2f}  (two halves of the real samples: {evaluation.floor:.2f})"),
             ("precision", f"{evaluation.precision:.3f}"),
             ("recall", f"{evaluation.recall:.3f}"),
+            *((name.replace("_", " "), f"{value:.3f}") for name, value in evaluation.figures.items()),
+        ]
+        if evaluation.recognised is not None:
+            known = f"  (real samples: {evaluation.recognised_real:.3f})"
+            rows.append(("recognised", f"{evaluation.recognised:.3f}{known}"))
+        rows += [
             ("features", evaluation.features),
             ("samples", f"{evaluation.generated_samples:,} generated, {evaluation.real_samples:,} real"),
         ]
@@ -77,7 +83,7 @@ def summary(result: Result) -> str:
     rows += [
         ("seconds", f"{result.seconds:.1f} of training"),
         ("samples per second", f"{result.samples_per_second:,.0f}"),
-        ("pictures", str(result.folder / "samples")),
+        ("samples in", str(result.folder / "samples")),
         ("generator", str(result.folder / "generator")),
     ]
     width = max(len(name) for name, _ in rows)

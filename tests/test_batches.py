@@ -15,37 +15,37 @@ import torch
 from PIL import Image as Picture
 
 from gac_plugin.errors import UsageError
-from gac_plugin.training.batches import batches, position, to_pixels, to_samples
+from gac_plugin.training.batches import batches, position
 from gac_plugin.training.config import Config
-from gac_plugin.training.data import Stored, load_images
+from gac_plugin.training.data import load_data
+from gac_plugin.training.images import ImageCodec, Stored
 
 COUNTING = torch.arange(10, dtype=torch.uint8).reshape(10, 1, 1, 1)
-AS_THEY_ARE = (0.0, 255.0)
+TANH = ImageCodec((1, 8, 8), "tanh").to_samples
 
 
 def rows(count: int, batch_size: int, rank: int = 0, processes: int = 1, **settings) -> list[list[int]]:
     """The values of `count` batches out of the pixels 0 to 9."""
-    stream = batches(COUNTING, batch_size, AS_THEY_ARE, 7, rank, processes, **settings)
-    return [batch.flatten().int().tolist() for batch in islice(stream, count)]
+    stream = batches(COUNTING, batch_size, torch.Tensor.float, 7, rank, processes, **settings)
+    return [batch.flatten().int().tolist() for batch, _ in islice(stream, count)]
 
 
 @pytest.fixture
 def stored() -> Stored:
     """The embedded digits, decoded when they are read."""
-    images, _ = load_images(Config(workers=1))
+    images = load_data(Config(workers=1)).train
     assert isinstance(images, Stored)
     return images
 
 
-@pytest.mark.parametrize("value_range", [(-1.0, 1.0), (0.0, 1.0)])
-def test_pixels_and_samples_convert_back_and_forth(value_range):
-    pixels = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16)
-    samples = to_samples(pixels, value_range)
-    low, high = value_range
+@pytest.mark.parametrize(("output", "low", "high"), [("tanh", -1.0, 1.0), ("sigmoid", 0.0, 1.0)])
+def test_pixels_and_samples_convert_back_and_forth(output, low, high):
+    pixels, codec = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16), ImageCodec((1, 16, 16), output)
+    samples = codec.to_samples(pixels)
     expected = low + (high - low) * np.arange(256) / 255
     np.testing.assert_allclose(samples.flatten().numpy(), expected, atol=2e-7)
-    assert torch.equal(to_pixels(samples, value_range), pixels)
-    assert to_pixels(torch.tensor([low - 9, high + 9]), value_range).tolist() == [0, 255]
+    assert torch.equal(codec.to_stored(samples), pixels)
+    assert codec.to_stored(torch.tensor([low - 9, high + 9])).tolist() == [0, 255]
 
 
 def test_every_row_comes_once_in_an_epoch_and_processes_share_it():
@@ -91,23 +91,28 @@ def test_batches_before_the_start_are_not_read():
             self.asked.append(wanted.tolist())
             return COUNTING[wanted]
 
-    taken = [batch.flatten().int().tolist() for batch in islice(batches(Recording(), 4, AS_THEY_ARE, 7, start=5), 3)]
+    taken = [
+        batch.flatten().int().tolist()
+        for batch, _ in islice(batches(Recording(), 4, torch.Tensor.float, 7, start=5), 3)
+    ]
     assert Recording.asked == taken == rows(8, 4)[5:]
 
 
 def test_a_data_set_smaller_than_a_batch_is_refused():
-    with pytest.raises(UsageError, match="10 images, fewer than one batch of 24; pass a --batch-size of at most 5"):
-        batches(COUNTING, 12, (0.0, 1.0), seed=0, processes=2)
+    with pytest.raises(UsageError, match="10 samples, fewer than one batch of 24; pass a --batch-size of at most 5"):
+        batches(COUNTING, 12, TANH, seed=0, processes=2)
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
 def test_batches_are_bit_identical_however_they_are_decoded(stored, workers):
-    whole, _ = load_images(Config())
-    expected = batches(whole, 300, (-1.0, 1.0), seed=3)
-    stream = batches(stored, 300, (-1.0, 1.0), seed=3, workers=workers)
-    for ours, theirs in islice(zip(stream, expected, strict=True), 6):  # four in an epoch
+    whole = load_data(Config()).train
+    expected = batches(whole, 300, TANH, seed=3)
+    stream = batches(stored, 300, TANH, seed=3, workers=workers)
+    for (ours, numbers), (theirs, expected_numbers) in islice(zip(stream, expected, strict=True), 6):  # four an epoch
         assert ours.dtype == torch.float32
         assert torch.equal(ours, theirs)
+        assert torch.equal(numbers, expected_numbers)
+        assert torch.equal(TANH(whole[numbers]), ours), "the rows are those of the samples"
 
 
 def test_workers_leave_the_random_numbers_of_this_process_alone(stored):
@@ -115,7 +120,7 @@ def test_workers_leave_the_random_numbers_of_this_process_alone(stored):
         return torch.get_rng_state().tolist(), str(np.random.get_state(legacy=False)), random.getstate()
 
     before = states()
-    next(batches(stored, 8, (0.0, 1.0), seed=0, workers=2))
+    next(batches(stored, 8, TANH, seed=0, workers=2))
     assert states() == before
 
 
@@ -127,16 +132,16 @@ def test_a_mistake_in_a_worker_is_told_in_one_line(tmp_path):
     broken.to_parquet(tmp_path / "set" / "data" / "train-00000-of-00001.parquet")
     good = datasets.Dataset.from_dict({"image": cells[:1]}, features=datasets.Features({"image": datasets.Image()}))
     good.to_parquet(tmp_path / "set" / "data" / "test-00000-of-00001.parquet")
-    images, _ = load_images(Config(dataset=str(tmp_path / "set"), workers=1))
+    images = load_data(Config(dataset=str(tmp_path / "set"), workers=1)).train
     with pytest.raises(UsageError, match=r"^image \d of split 'train' cannot be decoded: .*; remove the row") as caught:
-        next(batches(images, 8, (0.0, 1.0), seed=0, workers=2))
+        next(batches(images, 8, TANH, seed=0, workers=2))
     assert "\n" not in str(caught.value)
     assert not multiprocessing.active_children(), "though the error is still held"
 
 
 @pytest.mark.parametrize("end", ["close", "drop"])
 def test_workers_end_with_the_stream(stored, end):
-    stream = batches(stored, 8, (0.0, 1.0), seed=0, workers=2)
+    stream = batches(stored, 8, TANH, seed=0, workers=2)
     next(stream)
     workers = multiprocessing.active_children()
     assert len(workers) == 2
@@ -151,7 +156,7 @@ def test_workers_end_with_the_stream(stored, end):
 def test_signals_are_for_the_main_process_but_sigterm_to_a_worker_ends_it(stored):
     before = signal.signal(signal.SIGTERM, lambda *_: None)  # the main process's own handler is none of theirs
     try:
-        stream = batches(stored, 8, (0.0, 1.0), seed=0, workers=1)
+        stream = batches(stored, 8, TANH, seed=0, workers=1)
         next(stream)
         (worker,) = multiprocessing.active_children()
         assert os.getpgid(worker.pid) != os.getpgrp(), "what is sent to the process group is for the main process"
@@ -168,12 +173,13 @@ SCRIPT = """
 import multiprocessing, torch
 from gac_plugin.training.batches import batches
 from gac_plugin.training.config import Config
-from gac_plugin.training.data import load_images
+from gac_plugin.training.data import load_data
 
 if __name__ == "__main__":
     torch.set_num_threads(2)
     torch.randn(300, 300) @ torch.randn(300, 300) + torch.randn(2_000_000).sum()
-    stream = batches(load_images(Config(workers=2))[0], 64, (0.0, 1.0), seed=0, workers=2)
+    data = load_data(Config(workers=2))
+    stream = batches(data.train, 64, data.codec.to_samples, seed=0, workers=2)
     for _ in range(50):
         torch.randn(300, 300) @ torch.randn(300, 300) + torch.randn(2_000_000).exp().sum()
         next(stream)

@@ -90,7 +90,7 @@ def test_info_lists_every_table(capsys):
         (["--speed", "9"], r"unrecognized arguments: --speed 9"),
         (["--dataset", "./none"], r"no folder './none'"),
         (["--column", "photo"], r"no column 'photo' in the data set; its columns: image \(Image\), label"),
-        (["--batch-size", "5000"], r"1437 images, fewer than one batch of 5000; pass a --batch-size of at most 1437"),
+        (["--batch-size", "5000"], r"1437 samples, fewer than one batch of 5000; pass a --batch-size of at most 1437"),
         (["--adapter", "dcgan", "--depth", "4"], r"halve the image 4 times, which 8x8 does not allow"),
         (["--preset", "paper"], r"unknown preset 'paper'"),
         (["--config", "none.json"], r"cannot read the settings in none\.json"),

@@ -14,7 +14,15 @@ from sklearn.datasets import load_digits
 
 from gac_plugin.errors import UsageError
 from gac_plugin.training.config import Config
-from gac_plugin.training.data import Images, Stored, dataset_path, load_images, sample
+from gac_plugin.training.data import dataset_path, load_data
+from gac_plugin.training.images import Stored
+from gac_plugin.training.source import Decoded, Source, sample
+
+
+def load_images(config: Config) -> tuple[Source, Decoded]:
+    """The training and the test images."""
+    data = load_data(config)
+    return data.train, data.test
 
 
 def picture(size=(8, 6), mode="L", seed=0) -> Picture.Image:
@@ -35,16 +43,16 @@ def test_the_embedded_digits_are_those_of_scikit_learn():
     reference = load_digits()
     every_fifth = np.arange(len(reference.images)) % 5 == 0
     for images, rows in ((train, ~every_fifth), (test, every_fifth)):
-        assert images.pixels.dtype == torch.uint8
-        np.testing.assert_array_equal(np.rint(images.pixels[:, 0].double().numpy() * 16 / 255), reference.images[rows])
+        assert images.values.dtype == torch.uint8
+        np.testing.assert_array_equal(np.rint(images.values[:, 0].double().numpy() * 16 / 255), reference.images[rows])
         np.testing.assert_array_equal(images.labels.numpy(), reference.target[rows])
-    assert len(train.pixels) + len(test.pixels) == 1797
+    assert len(train.values) + len(test.values) == 1797
 
 
 def test_the_embedded_data_set_is_an_ordinary_folder_in_hub_layout():
     assert dataset_path("digits") == str(files("gac_plugin") / "digits")
     by_name, by_path = load_images(Config())[0], load_images(Config(dataset=dataset_path("digits")))[0]
-    assert torch.equal(by_name.pixels, by_path.pixels)
+    assert torch.equal(by_name.values, by_path.values)
 
 
 @pytest.mark.parametrize(("mode", "channels"), [("L", 1), ("RGB", 3), ("RGBA", 3)])
@@ -52,17 +60,17 @@ def test_pixels_come_through_unchanged_and_channels_first(tmp_path, mode, channe
     pictures = [picture(mode=mode, seed=seed) for seed in range(3)]
     source = write_data_set(tmp_path, {"photo": pictures}, {"photo": datasets.Image()})
     train, test = load_images(Config(dataset=source))
-    assert train.pixels.shape == (3, channels, 6, 8)
+    assert train.values.shape == (3, channels, 6, 8)
     assert test is train, "without a test split the training images are the reference"
     assert train.labels is None
     expected = np.stack([np.asarray(p).reshape(6, 8, -1)[..., :channels] for p in pictures]).transpose(0, 3, 1, 2)
-    np.testing.assert_array_equal(train.pixels.numpy(), expected)
+    np.testing.assert_array_equal(train.values.numpy(), expected)
 
 
 def test_images_of_mixed_sizes_are_resized_on_request(tmp_path):
     pictures = [picture((8, 6)), picture((12, 12)), picture((5, 9))]
     source = write_data_set(tmp_path, {"image": pictures}, {"image": datasets.Image()})
-    assert load_images(Config(dataset=source, image_size=6))[0].pixels.shape == (3, 1, 6, 6)
+    assert load_images(Config(dataset=source, image_size=6))[0].values.shape == (3, 1, 6, 6)
     with pytest.raises(UsageError, match=r"images differ in size: 6x8 and 12x12 \(image 1\); pass --image-size"):
         load_images(Config(dataset=source))
 
@@ -70,17 +78,17 @@ def test_images_of_mixed_sizes_are_resized_on_request(tmp_path):
 def test_a_folder_of_image_files_works(tmp_path):
     for name, seed in (("a", 1), ("b", 2)):
         picture(seed=seed).save(tmp_path / f"{name}.png")
-    assert load_images(Config(dataset=str(tmp_path)))[0].pixels.shape == (2, 1, 6, 8)
+    assert load_images(Config(dataset=str(tmp_path)))[0].values.shape == (2, 1, 6, 8)
 
 
 @pytest.mark.parametrize(
     ("columns", "features", "settings", "message"),
     [
         (
-            {"text": ["a"], "n": [1]},
-            {"text": datasets.Value("string"), "n": datasets.Value("int64")},
+            {"x": [0.5], "n": [1]},
+            {"x": datasets.Value("float32"), "n": datasets.Value("int64")},
             {},
-            r"no image column; its columns: text \(Value\), n \(Value\)",
+            r"set holds nothing that an installed adapter reads \(Image.*\); columns: x \(float32\), n \(int64\)",
         ),
         (
             {"image": [picture()]},
@@ -89,16 +97,22 @@ def test_a_folder_of_image_files_works(tmp_path):
             r"no column 'x'.*image \(Image\)",
         ),
         (
-            {"image": [picture()], "text": ["a"]},
-            {"image": datasets.Image(), "text": datasets.Value("string")},
-            {"column": "text"},
-            "column 'text' holds no images",
+            {"image": [picture()], "n": [1]},
+            {"image": datasets.Image(), "n": datasets.Value("int64")},
+            {"column": "n"},
+            "column 'n' holds nothing that an installed adapter reads",
+        ),
+        (
+            {"n": [1]},
+            {"n": datasets.Value("int64")},
+            {"adapter": "mlp"},
+            r"holds nothing that adapter 'mlp' reads \(Image\)",
         ),
         (
             {"a": [picture()], "b": [picture()]},
             {"a": datasets.Image(), "b": datasets.Image()},
             {},
-            "several image columns: a, b; choose one with --column",
+            "several Image columns: a, b; choose one with --column",
         ),
         ({"image": []}, {"image": datasets.Image()}, {}, "no data.*check .* that it holds rows"),
         (
@@ -114,7 +128,16 @@ def test_a_folder_of_image_files_works(tmp_path):
             "image 0 of split 'train' cannot be decoded",
         ),
     ],
-    ids=["no images", "missing column", "wrong column", "two columns", "no rows", "missing split", "damaged image"],
+    ids=[
+        "no images",
+        "missing column",
+        "wrong column",
+        "wrong adapter",
+        "two columns",
+        "no rows",
+        "missing split",
+        "damaged image",
+    ],
 )
 def test_a_data_set_that_cannot_be_used_is_refused(tmp_path, columns, features, settings, message):
     source = write_data_set(tmp_path, columns, features)
@@ -136,7 +159,7 @@ def test_an_empty_folder_is_refused(tmp_path):
 def test_sixteen_bit_pictures_keep_their_upper_byte(tmp_path):
     levels = np.random.default_rng(0).integers(0, 65536, (6, 8), dtype=np.uint16)
     Picture.fromarray(levels).save(tmp_path / "a.png")
-    np.testing.assert_array_equal(load_images(Config(dataset=str(tmp_path)))[0].pixels[0, 0].numpy(), levels // 256)
+    np.testing.assert_array_equal(load_images(Config(dataset=str(tmp_path)))[0].values[0, 0].numpy(), levels // 256)
 
 
 def test_one_colour_picture_makes_a_colour_data_set(tmp_path):
@@ -144,10 +167,10 @@ def test_one_colour_picture_makes_a_colour_data_set(tmp_path):
     source = write_data_set(tmp_path, {"image": pictures}, {"image": datasets.Image()})
     write_data_set(tmp_path, {"image": pictures[:1]}, {"image": datasets.Image()}, split="test")
     train, test = load_images(Config(dataset=source))
-    assert train.pixels.shape == (2, 3, 6, 8)
-    assert test.pixels.shape == (1, 3, 6, 8)
-    np.testing.assert_array_equal(train.pixels[1].permute(1, 2, 0).numpy(), np.asarray(pictures[1]))
-    assert all((train.pixels[0, c].numpy() == np.asarray(pictures[0])).all() for c in range(3))
+    assert train.values.shape == (2, 3, 6, 8)
+    assert test.values.shape == (1, 3, 6, 8)
+    np.testing.assert_array_equal(train.values[1].permute(1, 2, 0).numpy(), np.asarray(pictures[1]))
+    assert all((train.values[0, c].numpy() == np.asarray(pictures[0])).all() for c in range(3))
 
 
 def test_a_file_is_not_a_data_set(tmp_path):
@@ -164,16 +187,16 @@ def test_images_decoded_when_read_are_those_decoded_into_memory(tmp_path):
     for size in (None, 4):
         whole, _ = load_images(Config(dataset=source, image_size=size))
         stored, test = load_images(Config(dataset=source, image_size=size, workers=1))
-        assert isinstance(whole, Images)
+        assert isinstance(whole, Decoded)
         assert isinstance(stored, Stored)
-        assert isinstance(test, Images), "what is evaluated against is in memory"
+        assert isinstance(test, Decoded), "what is evaluated against is in memory"
         assert (len(stored), stored.sample_shape, stored.split) == (4, whole.sample_shape, "train")
         assert torch.equal(stored.labels, torch.tensor([1, 0, 1, 1]))
         rows = torch.tensor([3, 0, 3, 1])
-        assert torch.equal(stored[rows], whole.pixels[[3, 0, 3, 1]])
+        assert torch.equal(stored[rows], whole.values[[3, 0, 3, 1]])
         assert torch.equal(stored[rows], whole[rows])
         assert torch.equal(pickle.loads(pickle.dumps(stored))[rows], whole[rows]), "for workers that are not forked"
-        assert torch.equal(test.pixels, whole.pixels)
+        assert torch.equal(test.values, whole.values)
 
 
 def test_a_sample_is_spread_over_the_rows_and_the_same_from_both_sources():
@@ -181,10 +204,10 @@ def test_a_sample_is_spread_over_the_rows_and_the_same_from_both_sources():
     for images in (whole, stored):
         some = sample(images, 7)
         rows = [1437 * i // 7 for i in range(7)]
-        assert torch.equal(some.pixels, whole.pixels[rows])
+        assert torch.equal(some.values, whole.values[rows])
         assert torch.equal(some.labels, whole.labels[rows])
         assert some.split == "train"
-        assert torch.equal(sample(images).pixels, whole.pixels), "all there are"
+        assert torch.equal(sample(images).values, whole.values), "all there are"
 
 
 @pytest.mark.parametrize("workers", [0, 1])

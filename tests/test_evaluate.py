@@ -7,8 +7,9 @@ import torch
 from sklearn.neighbors import NearestNeighbors
 
 from gac_plugin.training.config import Config
-from gac_plugin.training.data import Images, load_images
+from gac_plugin.training.data import load_data
 from gac_plugin.training.evaluate import Features, evaluate, frechet_distance, make_features, precision_recall
+from gac_plugin.training.source import Decoded
 
 
 def normal(n: int, mean: float, scale: float, size: int = 6, seed: int = 0) -> torch.Tensor:
@@ -70,10 +71,11 @@ def test_an_evaluation_says_what_it_measured():
 
 
 def test_labelled_data_give_a_classifier_s_features_the_same_each_time():
-    train, test = load_images(Config())
+    data = load_data(Config())
+    train, test = data.train, data.test
     features = [make_features(train, test, seed=3, device=torch.device("cpu")) for _ in range(2)]
     assert features[0].name.startswith("64 features of a classifier trained on this data set (accuracy 9")
-    a, b = (f.extract(test.pixels) for f in features)
+    a, b = (f.extract(test.values) for f in features)
     assert a.shape == (360, 64)
     assert torch.equal(a, b)
 
@@ -81,7 +83,7 @@ def test_labelled_data_give_a_classifier_s_features_the_same_each_time():
 @pytest.mark.parametrize("label", [None, 0, -1], ids=["no labels", "one class", "labels withheld"])
 def test_data_without_labels_to_learn_give_principal_components(label):
     pixels = torch.randint(0, 256, (40, 1, 4, 4), dtype=torch.uint8)
-    images = Images(pixels, None if label is None else torch.full((40,), label), "train")
+    images = Decoded(pixels, None if label is None else torch.full((40,), label), "train")
     features = make_features(images, images, seed=0, device=torch.device("cpu"))
     assert features.name == "16 principal components of the pixels in [0, 1]"
     extracted = features.extract(pixels).double()

@@ -1,4 +1,4 @@
-"""The order of a run's images, and float batches in that order: read out of memory, or decoded by worker processes.
+"""The order of a run's samples, and float batches in that order: read out of memory, or decoded by worker processes.
 
 Batch n of a run is fixed by the seed and n alone. So a stream can start anywhere, and it is the same to the last bit
 however many processes decode it.
@@ -7,26 +7,14 @@ however many processes decode it.
 import os
 import signal
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from gac_plugin.errors import UsageError
-from gac_plugin.training.data import Source
-
-
-def to_samples(pixels: Tensor, value_range: tuple[float, float]) -> Tensor:
-    """uint8 pixels -> float32 samples in the value range, same shape and device."""
-    low, high = value_range
-    return pixels.to(torch.float32).mul_((high - low) / 255).add_(low)
-
-
-def to_pixels(samples: Tensor, value_range: tuple[float, float]) -> Tensor:
-    """Samples in the value range -> uint8 pixels, rounded and clamped, same shape and device."""
-    low, high = value_range
-    return ((samples.float() - low) * (255 / (high - low))).round_().clamp_(0, 255).to(torch.uint8)
+from gac_plugin.training.source import Source
 
 
 def position(batch: int, rows: int, taken: int) -> tuple[int, int]:
@@ -46,30 +34,31 @@ def position(batch: int, rows: int, taken: int) -> tuple[int, int]:
 def batches(
     source: Source | Tensor,
     batch_size: int,
-    value_range: tuple[float, float],
+    to_samples: Callable[[Tensor], Tensor],
     seed: int,
     rank: int = 0,
     processes: int = 1,
     device: torch.device | str | None = None,
     workers: int = 0,
     start: int = 0,
-) -> Iterator[Tensor]:
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Endless batches: each epoch a new permutation, the same in every process, of which each takes its share.
 
     Args:
-        source: the images, or uint8 pixels of shape (N, C, H, W); in the CPU's memory if there are workers.
+        source: the samples as they are stored; in the CPU's memory if there are workers.
         batch_size: samples in a batch of one process.
-        value_range: lowest and highest value of a sample.
+        to_samples: of the codec.
         seed: fixes the order; epoch e is shuffled with seed and e alone, so a position can be found again.
         rank, processes: this process and how many there are.
-        device: where batches are wanted; default: where the source's pixels are.
+        device: where batches are wanted; default: where the source's samples are.
         workers: processes that read the source, from the first batch until the iterator is closed or dropped; with 0,
             this process does.
         start: the first batch, counted over the whole run from 0; those before it are not read.
 
     Returns:
-        An iterator of float32 samples of shape (batch_size, C, H, W); what is left over at an epoch's end is dropped.
-        It raises `UsageError` at an image that cannot be decoded, whichever process met it.
+        An iterator of float32 samples, shape (batch_size, ...), and their row numbers, int64, shape (batch_size,), on
+        the same device; what is left over at an epoch's end is dropped. It raises `UsageError` at an image that cannot
+        be decoded, whichever process met it.
 
     Raises:
         UsageError: the data set is smaller than one batch of all processes.
@@ -77,14 +66,14 @@ def batches(
     rows, taken = len(source), batch_size * processes
     if rows < taken:
         raise UsageError(
-            f"the data set has {rows} images, fewer than one batch of {taken}; pass a --batch-size of at most "
+            f"the data set has {rows} samples, fewer than one batch of {taken}; pass a --batch-size of at most "
             f"{rows // processes}"
         )
     # row numbers go to the workers from the CPU, and index a tensor in memory on its own device
     order = _order(rows, batch_size, seed, rank, taken, start, "cpu" if workers else device)
     if workers:
-        return _by_workers(source, order, value_range, torch.device(device or "cpu"), workers)
-    return (to_samples(source[picked].to(device), value_range) for picked in order)
+        return _by_workers(source, order, to_samples, torch.device(device or "cpu"), workers)
+    return ((to_samples(source[rows].to(device)), rows) for rows in order)
 
 
 def _order(
@@ -102,10 +91,10 @@ def _order(
 def _by_workers(
     source: Source | Tensor,
     order: Iterable[Tensor],
-    value_range: tuple[float, float],
+    to_samples: Callable[[Tensor], Tensor],
     device: torch.device,
     workers: int,
-) -> Iterator[Tensor]:
+) -> Iterator[tuple[Tensor, Tensor]]:
     loader = DataLoader(
         _Reader(source),
         batch_size=None,  # an item is a batch already
@@ -115,14 +104,14 @@ def _by_workers(
         worker_init_fn=_leave_signals_to_the_main_process,
         generator=torch.Generator(),  # else the loader draws from torch's global one
     )
-    for pixels in loader:
-        if isinstance(pixels, UsageError):
-            raise pixels
-        yield to_samples(pixels.to(device, non_blocking=True), value_range)
+    for stored, rows in loader:
+        if isinstance(stored, UsageError):
+            raise stored
+        yield to_samples(stored.to(device, non_blocking=True)), rows.to(device, non_blocking=True)
 
 
-class _Reader(Dataset[Tensor | UsageError]):
-    """What a worker does: row numbers -> uint8 pixels.
+class _Reader(Dataset[tuple[Tensor | UsageError, Tensor]]):
+    """What a worker does: row numbers -> stored samples, and the row numbers.
 
     A user's mistake is returned, since torch hands on what is raised with the worker's traceback as its message.
     """
@@ -130,11 +119,12 @@ class _Reader(Dataset[Tensor | UsageError]):
     def __init__(self, source: Source | Tensor) -> None:
         self.source = source
 
-    def __getitem__(self, rows: list[int]) -> Tensor | UsageError:
+    def __getitem__(self, rows: list[int]) -> tuple[Tensor | UsageError, Tensor]:
+        numbers = torch.tensor(rows)
         try:
-            return self.source[torch.tensor(rows)]
+            return self.source[numbers], numbers
         except UsageError as error:
-            return error
+            return error, numbers
 
 
 def _leave_signals_to_the_main_process(worker: int) -> None:

@@ -52,7 +52,8 @@ class Config:
     dataset: str = setting(EMBEDDED, "'digits' (embedded), a folder in Hub layout, or a data set's name on the Hub")
     split: str = setting("train", "split to train on")
     test_split: str = setting("test", "split to evaluate against; the training split where there is none")
-    column: str | None = setting(None, "image column; found by its type where only one fits")
+    column: str | None = setting(None, "column with the samples; found by its type where only one fits")
+    conditional: bool = setting(False, "tell both networks the class labels of the data set")
     image_size: int | None = setting(None, "resize and centre-crop images to this many pixels square")
     workers: int = setting(
         0,
@@ -61,10 +62,13 @@ class Config:
     output_dir: str | None = setting(None, "run folder; default: the next free runs/DATASET-N")
     overwrite: bool = setting(False, "replace the run that --output-dir holds")
 
-    adapter: str | None = setting(None, "networks; default: mlp for up to 1,024 values a sample, dcgan above")
+    adapter: str | None = setting(
+        None, "networks; default: for images mlp up to 1,024 values a sample and dcgan above, else what reads the data"
+    )
+    options: str | None = setting(None, "options of the adapter's own, KEY=VALUE,KEY=VALUE (see gac info)")
     latent_size: int = setting(64, "size of a latent")
-    width: int | None = setting(None, "hidden units (mlp, default 256) or channels at full size (dcgan, default 64)")
-    depth: int | None = setting(None, "hidden layers (mlp, default 2) or halvings (dcgan, default 3)")
+    width: int | None = setting(None, "hidden units (mlp) or channels at full size; default: the adapter's")
+    depth: int | None = setting(None, "hidden layers (mlp) or halvings; default: the adapter's")
     output: str = setting("tanh", "generator's output and data range: tanh for [-1, 1], sigmoid for [0, 1]")
 
     loss: str = setting("bce", "the discriminator's loss, and the generator's unless --score is given")
@@ -152,6 +156,7 @@ class Config:
             raise UsageError("--resume goes on with a run and --overwrite replaces it; pass one of them")
         if self.optimizer == "adam" and self.rule != "none":
             raise UsageError(f"--rule {self.rule} needs --optimizer conjugate; torch's adam takes no rule")
+        parse_options(self.options)
         if not self.dataset:
             raise UsageError("--dataset is empty; give a folder, the name of a data set on the Hub, or 'digits'")
         if 0 < self.evaluation_samples < FEWEST_TO_EVALUATE:
@@ -160,9 +165,9 @@ class Config:
             )
 
     @property
-    def value_range(self) -> tuple[float, float]:
-        """Lowest and highest value of a sample, the same for data and generator."""
-        return OUTPUT_RANGES[self.output]
+    def adapter_options(self) -> dict[str, Any]:
+        """`options` by name; see `parse_options`."""
+        return parse_options(self.options)
 
     @property
     def evaluation_interval(self) -> int:
@@ -297,6 +302,24 @@ def read_config(file: str | Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UsageError(f"{file} must hold a JSON object of settings, got a {type(values).__name__}")
     return values
+
+
+def parse_options(text: str | None) -> dict[str, Any]:
+    """Options of an adapter by name, from KEY=VALUE,KEY=VALUE: numbers, true, false, and anything else as text.
+
+    Raises:
+        UsageError: the text is not of that form.
+    """
+    options: dict[str, Any] = {}
+    for part in filter(str.strip, (text or "").split(",")):
+        name, equals, value = (piece.strip() for piece in part.partition("="))
+        if not equals or not name.isidentifier():
+            raise UsageError(f"--options must be KEY=VALUE,KEY=VALUE, got {part.strip()!r}")
+        try:
+            options[name] = json.loads(value)
+        except ValueError:
+            options[name] = value
+    return options
 
 
 def field_type(annotation: Any) -> type:

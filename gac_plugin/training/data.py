@@ -1,182 +1,155 @@
-"""Finding the images of a data set (embedded, a local folder, or on the Hub), and decoding them.
+"""Finding the samples of a data set: embedded, a local folder, or on the Hub; images, or what an adapter reads.
 
-Every source goes through `datasets.load_dataset`. Images are decoded once, into one uint8 tensor; or, where they are
-more than memory holds, each time they are read.
+Every data set goes through `datasets.load_dataset`. The column is found by its type, and the codec by the column.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
 import torch
-from datasets import Dataset, load_dataset
-from PIL import Image as Picture
+from datasets import Audio, Dataset, load_dataset
 from torch import Tensor
 
 from gac_plugin.errors import UsageError
+from gac_plugin.protocols import Codec, Encoder, Medium
 from gac_plugin.training.config import EMBEDDED, Config
+from gac_plugin.training.images import ImageCodec, Stored, stored_images
+from gac_plugin.training.networks import Recipe, adapter_names, find_adapter
+from gac_plugin.training.source import Decoded, Source, first_line, sample
 
-GREY_MODES = {"1", "L", "LA"}
-
-
-class Source(Protocol):
-    """The images of one split, wherever they are: `Images` or `Stored`."""
-
-    @property
-    def split(self) -> str:
-        """The name of the split."""
-
-    @property
-    def labels(self) -> Tensor | None:
-        """int64, shape (N,), if the data set has a column of class labels."""
-
-    @property
-    def sample_shape(self) -> tuple[int, ...]:
-        """(C, H, W)"""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, rows: Tensor, /) -> Tensor:
-        """Row numbers, int64, shape (n,) -> uint8 pixels, shape (n, C, H, W)."""
+IMAGES = "Image"
 
 
 @dataclass(frozen=True)
-class Images:
-    """Decoded images of one split.
+class Data:
+    """What a run trains on and is evaluated against.
 
     Attributes:
-        pixels: uint8, shape (N, C, H, W), C = 1 or 3.
-        labels: int64, shape (N,), if the data set has a column of class labels.
-        split: the name of the split.
+        train: the training samples.
+        test: those of the test split, always in memory. Where there is no test split, the training samples stand for
+            it: the same object, or 10,000 of them where they are not in memory (see `sample`).
+        codec: what the samples are.
+        adapter: the adapter whose networks make such samples; None leaves the choice to `choose_recipe`.
     """
 
-    pixels: Tensor
-    labels: Tensor | None
-    split: str
+    train: Source
+    test: Decoded
+    codec: Codec
+    adapter: str | None
 
     @property
-    def sample_shape(self) -> tuple[int, ...]:
-        """(C, H, W)"""
-        return tuple(self.pixels.shape[1:])
-
-    def __len__(self) -> int:
-        return len(self.pixels)
-
-    def __getitem__(self, rows: Tensor, /) -> Tensor:
-        return self.pixels[rows]
-
-    def to(self, device: torch.device | str) -> "Images":
-        """The same with the pixels on a device."""
-        return replace(self, pixels=self.pixels.to(device))
-
-    def in_colour(self) -> "Images":
-        """The same with three channels."""
-        return replace(self, pixels=self.pixels.expand(-1, 3, -1, -1).contiguous())
+    def classes(self) -> int:
+        """The number of classes, 0 where there are no labels or some are missing (below 0)."""
+        labels = self.train.labels
+        return 0 if labels is None or int(labels.min()) < 0 else int(labels.max()) + 1
 
 
-@dataclass(frozen=True)
-class Stored:
-    """Images of one split, decoded each time they are read; the first one tells the shape of all.
+def codec_of(recipe: Recipe) -> Codec:
+    """The codec of the samples that a recipe's networks make.
 
-    Attributes:
-        rows: the image column alone, undecoded.
-        feature: the `datasets.Image` that decodes it.
-        labels: int64, shape (N,), if the data set has a column of class labels.
-        split: the name of the split.
-        image_size: side of the square that images are resized and cropped to, if any.
-        sample_shape: (C, H, W); grey images are repeated to three channels if C = 3.
+    Raises:
+        UsageError: its adapter is not installed, or what stands in the recipe does not describe a codec.
     """
-
-    rows: Dataset
-    feature: Any
-    labels: Tensor | None
-    split: str
-    image_size: int | None
-    sample_shape: tuple[int, ...]
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, rows: Tensor, /) -> Tensor:
-        """Row numbers, int64, shape (n,) -> uint8 pixels, shape (n, C, H, W).
-
-        Raises:
-            UsageError: an image cannot be decoded, is of another size, or in colour where C = 1.
-        """
-        channels, *size = self.sample_shape
-        pixels = np.empty((len(rows), *size, channels), np.uint8)
-        indices = rows.tolist()
-        (cells,) = self.rows[indices].values()
-        for image, index, cell in zip(pixels, indices, cells, strict=True):
-            decoded = _decode(cell, index, self.feature, self.split, self.image_size)
-            _require_size(decoded, tuple(size), index)
-            if decoded.ndim == 3 and channels == 1:
-                raise UsageError(
-                    f"image {index} of split {self.split!r} is in colour and the first one is not; convert them all "
-                    "to one mode, or decode them into memory with --workers 0"
-                )
-            image[:] = decoded if decoded.ndim == 3 else decoded[..., None]
-        return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
-
-    def in_memory(self) -> Images:
-        """All of them decoded, in colour if any one is."""
-        decoded: list[np.ndarray] = []
-        for index, row in enumerate(self.rows):
-            (cell,) = row.values()
-            decoded.append(_decode(cell, index, self.feature, self.split, self.image_size))
-            _require_size(decoded[-1], decoded[0].shape[:2], index)
-        if any(image.ndim == 3 for image in decoded):
-            decoded = [image if image.ndim == 3 else np.repeat(image[..., None], 3, axis=2) for image in decoded]
-        stack = torch.from_numpy(np.stack(decoded))
-        pixels = stack.unsqueeze(1) if stack.dim() == 3 else stack.permute(0, 3, 1, 2).contiguous()
-        return Images(pixels, self.labels, self.split)
-
-    def in_colour(self) -> "Stored":
-        """The same with three channels."""
-        return replace(self, sample_shape=(3, *self.sample_shape[1:]))
+    medium = find_adapter(recipe.adapter).medium
+    if medium is None:
+        return ImageCodec(tuple(recipe.arguments["sample_shape"]), recipe.arguments["output"])
+    try:
+        return medium.load(recipe.codec)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UsageError(
+            f"the recipe's codec is not one of adapter {recipe.adapter!r}: {first_line(error)}; load the config.json "
+            "that was saved with the weights"
+        ) from error
 
 
-def load_images(config: Config, device: torch.device | str = "cpu") -> tuple[Images | Stored, Images]:
-    """The training images and those to evaluate against.
+def load_data(config: Config, device: torch.device | str = "cpu") -> Data:
+    """The samples that a configuration names.
 
     Args:
         config: names the data set, and says whether training images are decoded by workers or into memory.
-        device: where to keep training images that are in memory.
-
-    Returns:
-        Training images, and those of the test split, always in memory. Where there is no test split, the training
-        images stand for it: the same object, or 10,000 of them where they are `Stored` (see `sample`).
+        device: where to keep training samples that are in memory.
 
     Raises:
-        UsageError: no such data set or split; no image column or several; no images; images of mixed sizes without
-            `config.image_size`; an image that cannot be decoded.
+        UsageError: no such data set or split; no column that can be read, or several; no rows; images of mixed sizes
+            without `config.image_size`; a cell that cannot be decoded; labels asked for where there are none.
     """
     splits = _load(config.dataset)
     if config.split not in splits:
         raise UsageError(f"data set {config.dataset!r} has no split {config.split!r}; it has: {', '.join(splits)}")
-    stored = _stored(splits[config.split], config, config.split)
-    train = stored if config.workers else stored.in_memory().to(device)
-    if config.test_split not in splits or config.test_split == config.split:
-        return train, train if isinstance(train, Images) else sample(train)
-    test = _stored(splits[config.test_split], config, config.test_split).in_memory()
-    if 3 in (train.sample_shape[0], test.sample_shape[0]):
-        train, test = train.in_colour(), test.in_colour()
-    if train.sample_shape != test.sample_shape:
+    rows = splits[config.split]
+    if len(rows) == 0:
+        raise UsageError(f"split {config.split!r} of data set {config.dataset!r} is empty")
+    column, adapter = _column(rows, config)
+    medium = None if adapter is None else find_adapter(adapter).medium
+    has_test = config.test_split in splits and config.test_split != config.split
+    tested = splits[config.test_split] if has_test else None
+    data = (
+        _images(rows, tested, column, config, device, adapter)
+        if medium is None
+        else _encoded(rows, tested, column, config, device, adapter, medium)
+    )
+    if config.conditional and not data.classes:
         raise UsageError(
-            f"images of the splits {config.split!r} and {config.test_split!r} differ in shape: {train.sample_shape} "
-            f"and {test.sample_shape}; pass --image-size"
+            f"--conditional needs a class label for every row, and data set {config.dataset!r} has none; leave it out"
         )
-    return train, test
+    return data
 
 
-def sample(source: Source, count: int = 10_000) -> Images:
-    """At most `count` images of a source in memory, evenly spaced over its rows: the same however it is stored."""
-    count = min(count, len(source))
-    rows = torch.arange(count) * len(source) // count
-    return Images(source[rows], None if source.labels is None else source.labels[rows], source.split)
+def _images(
+    rows: Dataset, tested: Dataset | None, column: str, config: Config, device: torch.device | str, adapter: str | None
+) -> Data:
+    stored = stored_images(rows, column, _labels(rows), config.split, config.image_size)
+    train: Decoded | Stored = stored if config.workers else stored.in_memory().to(device)
+    if tested is None:
+        test = train if isinstance(train, Decoded) else sample(train)
+    else:
+        test = stored_images(
+            tested, _column(tested, config)[0], _labels(tested), config.test_split, config.image_size
+        ).in_memory()
+        if 3 in (train.sample_shape[0], test.sample_shape[0]):
+            train, test = train.in_colour(), test.in_colour()
+        if train.sample_shape != test.sample_shape:
+            raise UsageError(
+                f"images of the splits {config.split!r} and {config.test_split!r} differ in shape: "
+                f"{train.sample_shape} and {test.sample_shape}; pass --image-size"
+            )
+    return Data(train, test, ImageCodec(train.sample_shape, config.output), adapter)
+
+
+def _encoded(
+    rows: Dataset,
+    tested: Dataset | None,
+    column: str,
+    config: Config,
+    device: torch.device | str,
+    adapter: str | None,
+    medium: Medium,
+) -> Data:
+    codec = medium.fit(_cells(rows, column), config.adapter_options)
+    train = _in_memory(rows, column, codec, config.split)
+    test = train if tested is None else _in_memory(tested, column, codec, config.test_split)
+    return Data(train.to(device), test, codec, adapter)
+
+
+def _in_memory(rows: Dataset, column: str, codec: Encoder, split: str) -> Decoded:
+    values = []
+    for index, cell in enumerate(_cells(rows, column)):
+        try:
+            values.append(codec.encode(cell))
+        except UsageError as error:
+            raise UsageError(f"row {index} of split {split!r}: {error}") from error
+    return Decoded(torch.stack(values), _labels(rows), split)
+
+
+def _cells(rows: Dataset, column: str) -> Any:
+    """The undecoded cells of a column."""
+    if isinstance(rows.features[column], Audio):
+        rows = rows.cast_column(column, Audio(decode=False))
+    return rows.select_columns(column)[column]
 
 
 def dataset_path(dataset: str) -> str:
@@ -203,66 +176,49 @@ def _load(dataset: str) -> Mapping[str, Dataset]:
         return load_dataset(source)
     except (OSError, ValueError) as error:
         raise UsageError(
-            f"cannot load data set {dataset!r}: {_first_line(error)}; check the name or folder, and that it holds rows"
+            f"cannot load data set {dataset!r}: {first_line(error)}; check the name or folder, and that it holds rows"
         ) from error
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-
-
-def _stored(rows: Dataset, config: Config, split: str) -> Stored:
-    column = _image_column(rows, config.column)
-    if len(rows) == 0:
-        raise UsageError(f"split {split!r} of data set {config.dataset!r} is empty")
-    feature = rows.features[column]
-    cells = rows.select_columns(column).cast_column(column, type(feature)(decode=False))
-    first = _decode(cells[0][column], 0, feature, split, config.image_size)
-    shape = (3 if first.ndim == 3 else 1, *first.shape[:2])
-    return Stored(cells, feature, _labels(rows), split, config.image_size, shape)
-
-
-def _decode(cell: Mapping[str, Any], index: int, feature: Any, split: str, image_size: int | None) -> np.ndarray:
-    """The image in a cell: uint8, shape (H, W) if it is grey, (H, W, 3) if not."""
-    try:
-        picture = feature.decode_example(cell)
-    except (OSError, ValueError, TypeError, KeyError, Picture.DecompressionBombError) as error:
-        raise UsageError(
-            f"image {index} of split {split!r} cannot be decoded: {_first_line(error)}; remove the row or repair it"
-        ) from error
-    return np.asarray(_resized(_eight_bit(picture, index), image_size))
-
-
-def _require_size(image: np.ndarray, size: tuple[int, ...], index: int) -> None:
-    if image.shape[:2] != size:
-        wanted, other = ("x".join(map(str, shape)) for shape in (size, image.shape[:2]))
-        raise UsageError(f"images differ in size: {wanted} and {other} (image {index}); pass --image-size N")
-
-
-def _eight_bit(picture: Picture.Image, index: int) -> Picture.Image:
-    """Grey pictures as mode L, 16-bit ones by their upper byte; all others as RGB."""
-    if picture.mode.startswith("I;16"):
-        return Picture.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
-    if picture.mode in ("I", "F"):
-        raise UsageError(
-            f"image {index} has pixels of mode {picture.mode!r}, whose range is unknown; store 8 or 16 bits"
-        )
-    return picture.convert("L" if picture.mode in GREY_MODES else "RGB")
-
-
-def _image_column(rows: Dataset, wanted: str | None) -> str:
-    kinds = {name: type(feature).__name__ for name, feature in rows.features.items()}
+def _column(rows: Dataset, config: Config) -> tuple[str, str | None]:
+    """The column with the samples, and the adapter that reads its type; None for images, which several do."""
+    kinds = {name: _kind(feature) for name, feature in rows.features.items()}
     listing = ", ".join(f"{name} ({kind})" for name, kind in kinds.items())
-    images = [name for name, kind in kinds.items() if kind == "Image"]
-    if wanted is not None and wanted not in kinds:
-        raise UsageError(f"no column {wanted!r} in the data set; its columns: {listing}")
-    if wanted is not None and wanted not in images:
-        raise UsageError(f"column {wanted!r} holds no images; the data set's columns: {listing}")
-    if not images:
-        raise UsageError(f"the data set has no image column; its columns: {listing}")
-    if wanted is None and len(images) > 1:
-        raise UsageError(f"several image columns: {', '.join(images)}; choose one with --column")
-    return wanted or images[0]
+    if config.column is not None and config.column not in kinds:
+        raise UsageError(f"no column {config.column!r} in the data set; its columns: {listing}")
+    if config.adapter is not None:
+        medium = find_adapter(config.adapter).medium
+        readers = {IMAGES if medium is None else medium.column: config.adapter}
+    elif IMAGES in kinds.values() and kinds.get(config.column or "", IMAGES) == IMAGES:
+        readers = {IMAGES: ""}
+    else:
+        readers = {IMAGES: "", **_readers()}
+    chosen = {config.column: kinds[config.column]} if config.column is not None else kinds
+    for kind, adapter in readers.items():
+        fitting = [name for name, found in chosen.items() if found == kind]
+        if len(fitting) > 1:
+            raise UsageError(f"several {kind} columns: {', '.join(fitting)}; choose one with --column")
+        if fitting:
+            return fitting[0], adapter or None
+    what = f"column {config.column!r}" if config.column is not None else "the data set"
+    reader = f"adapter {config.adapter!r}" if config.adapter is not None else "an installed adapter"
+    raise UsageError(f"{what} holds nothing that {reader} reads ({', '.join(readers)}); columns: {listing}")
+
+
+def _readers() -> dict[str, str]:
+    """Types of columns other than images, each with the first adapter that reads it; plain text comes last."""
+    found: dict[str, str] = {}
+    for name in adapter_names():
+        with suppress(UsageError):  # one that cannot be imported does not stand in the others' way
+            medium = find_adapter(name).medium
+            if medium is not None:
+                found.setdefault(medium.column, name)
+    return dict(sorted(found.items(), key=lambda entry: entry[0] == "string"))
+
+
+def _kind(feature: Any) -> str:
+    name = type(feature).__name__
+    return str(feature.dtype).removeprefix("large_") if name == "Value" else name
 
 
 def _labels(rows: Dataset) -> Tensor | None:
@@ -270,15 +226,3 @@ def _labels(rows: Dataset) -> Tensor | None:
         if type(feature).__name__ == "ClassLabel":
             return torch.tensor(rows.select_columns(name).with_format("numpy")[:][name], dtype=torch.int64)
     return None
-
-
-def _resized(picture: Picture.Image, size: int | None) -> Picture.Image:
-    if size is None or picture.size == (size, size):
-        return picture
-    scale = size / min(picture.size)
-    larger = picture.resize(
-        tuple(max(size, round(length * scale)) for length in picture.size),  # type: ignore[arg-type]
-        Picture.Resampling.LANCZOS,
-    )
-    left, top = (larger.width - size) // 2, (larger.height - size) // 2
-    return larger.crop((left, top, left + size, top + size))

@@ -3,14 +3,14 @@
 A score means nothing without its features and sample counts, so both are part of every result.
 """
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from gac_plugin.training.data import Images
+from gac_plugin.training.source import Decoded
 
 CHUNK = 1024
 
@@ -22,10 +22,14 @@ class Features:
     Attributes:
         name: what to call it in a result, with what is needed to judge it.
         extract: uint8 pixels (N, C, H, W) -> float32 vectors (N, F).
+        classify: vectors (N, F) -> int64 classes (N,), where the features are those of a classifier.
+        accuracy: share of real test images whose class it finds.
     """
 
     name: str
     extract: Callable[[Tensor], Tensor]
+    classify: Callable[[Tensor], Tensor] | None = None
+    accuracy: float | None = None
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,9 @@ class Evaluation:
         recall: share of real samples near a generated one, in [0, 1].
         real_samples, generated_samples: how many went into the Frechet distance; precision and recall use the smaller
             number of both.
+        recognised: share of generated samples that a classifier of the data set takes for the class that was asked for.
+        recognised_real: the same share of real test samples.
+        figures: what the codec adds; see `Codec.figures`.
     """
 
     features: str
@@ -49,23 +56,39 @@ class Evaluation:
     recall: float
     real_samples: int
     generated_samples: int
+    recognised: float | None = None
+    recognised_real: float | None = None
+    figures: dict[str, float] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, float | int | str]:
-        """Field names and values."""
-        return asdict(self)
+        """Names and values of what was measured."""
+        values = asdict(self)
+        figures = values.pop("figures")
+        return {name: value for name, value in values.items() if value is not None} | figures
 
 
-def evaluate(features: Features, real: Tensor, generated: Tensor) -> Evaluation:
+def evaluate(
+    features: Features,
+    real: Tensor,
+    generated: Tensor,
+    labels: Tensor | None = None,
+    figures: Mapping[str, float] = {},
+) -> Evaluation:
     """Compare generated with real images.
 
     Args:
         features: what to measure distances in.
         real, generated: uint8, shapes (N, C, H, W) and (M, C, H, W), at least 8 of each.
+        labels: int64, shape (M,), the classes that the generated images were asked to be of.
+        figures: to be told as well.
     """
     a, b = _extract(features, real), _extract(features, generated)
     shuffled = a[torch.randperm(len(a), generator=torch.Generator().manual_seed(0)).to(a.device)]
     count = min(len(a), len(b))
     precision, recall = precision_recall(shuffled[:count], b[:count])
+    recognised = None
+    if labels is not None and features.classify is not None:
+        recognised = float((features.classify(b).cpu() == labels.cpu()).float().mean())
     return Evaluation(
         features=features.name,
         frechet=frechet_distance(a, b),
@@ -74,6 +97,9 @@ def evaluate(features: Features, real: Tensor, generated: Tensor) -> Evaluation:
         recall=recall,
         real_samples=len(a),
         generated_samples=len(b),
+        recognised=recognised,
+        recognised_real=None if recognised is None else features.accuracy,
+        figures=dict(figures),
     )
 
 
@@ -114,7 +140,7 @@ def _share_inside(points: Tensor, manifold: Tensor, neighbours: int) -> float:
     return float(torch.cat(inside).float().mean())
 
 
-def make_features(train: Images, test: Images, seed: int, device: torch.device) -> Features:
+def make_features(train: Decoded, test: Decoded, seed: int, device: torch.device) -> Features:
     """The features that need no download: of a small classifier trained on the data set, or of the pixels.
 
     Args:
@@ -129,11 +155,11 @@ def make_features(train: Images, test: Images, seed: int, device: torch.device) 
 
 
 def _classifier_features(
-    train: Images, test: Images, seed: int, device: torch.device, steps: int = 1500, batch: int = 128, size: int = 64
+    train: Decoded, test: Decoded, seed: int, device: torch.device, steps: int = 1500, batch: int = 128, size: int = 64
 ) -> Features:
     assert train.labels is not None
     assert test.labels is not None
-    x, y = train.pixels.to(device), train.labels.to(device)
+    x, y = train.values.to(device), train.labels.to(device)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         body = nn.Sequential(nn.Flatten(), nn.Linear(x[0].numel(), 256), nn.ReLU(), nn.Linear(256, size), nn.ReLU()).to(
@@ -151,14 +177,14 @@ def _classifier_features(
             schedule.step()
     for parameter in parameters:
         parameter.requires_grad_(False)
-    guesses = torch.cat([head(body(_unit(part.to(device)))).argmax(1).cpu() for part in test.pixels.split(CHUNK)])
+    guesses = torch.cat([head(body(_unit(part.to(device)))).argmax(1).cpu() for part in test.values.split(CHUNK)])
     accuracy = float((guesses == test.labels).float().mean())
     name = f"{size} features of a classifier trained on this data set (accuracy {accuracy:.1%} on {test.split!r})"
-    return Features(name, lambda pixels: body(_unit(pixels)))
+    return Features(name, lambda pixels: body(_unit(pixels)), lambda vectors: head(vectors).argmax(1), accuracy)
 
 
-def _pixel_features(train: Images, device: torch.device, size: int = 64) -> Features:
-    x = _unit(train.pixels[:10_000].to(device)).flatten(1)
+def _pixel_features(train: Decoded, device: torch.device, size: int = 64) -> Features:
+    x = _unit(train.values[:10_000].to(device)).flatten(1)
     size = min(size, *x.shape)
     mean = x.mean(0)
     components = torch.linalg.svd(x - mean, full_matrices=False).Vh[:size].T

@@ -22,6 +22,7 @@ PARTS = ("samples", "checkpoints", "logs", "generator", "discriminator")
 """The folders in a run folder."""
 HALF_WRITTEN = re.compile(r"\.[\w-]+-[a-z0-9_]{8}\.\w+")
 """What `write_whole` calls a file until it is whole."""
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 GAP, GAP_COLOUR = 4, "#606060"
 
 

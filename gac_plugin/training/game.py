@@ -1,6 +1,7 @@
 """Both networks of a run with their optimizers and the generator's average, and one step of them."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -57,21 +58,21 @@ class Game:
         }
         return parts if self.accelerator.scaler is None else {**parts, "scaler": self.accelerator.scaler}
 
-    def step(self, number: int, window: Iterable[tuple[Tensor, Tensor]]) -> Stats:
+    def step(self, number: int, window: Iterable[tuple[Tensor, Tensor, Mapping[str, Any]]]) -> Stats:
         """One step on all batches of a window.
 
         Args:
             number: of the step, from 1; it sets the rates.
-            window: real samples and latents of each batch.
+            window: real samples, latents and conditions of each batch.
 
         Returns:
             See `GAC.step`.
         """
         self._set_rates(number)
         skipped, stats = self.gac.skipped, Stats()
-        for real, z in window:
+        for real, z, conditions in window:
             with self.accelerator.accumulate(self.gac.generator, self.gac.discriminator):
-                stats |= self.gac.step(real, z)
+                stats |= self.gac.step(real, z, **conditions)
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if self.gac.skipped > skipped else 0
         weight = (1 - self.config.ema) * self._averaging.factor(number, self.config.steps)
         self.average.update(self.generator, decay=max(0.0, 1 - weight))

@@ -30,7 +30,8 @@ def save_network(folder: Path, network: nn.Module, recipe: Recipe) -> None:
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
     noted = {CHECKSUM: checksum(weights)}  # safetensors writes several entries in a random order
     write_whole(folder / WEIGHTS, lambda temporary: save_file(weights, temporary, metadata=noted))
-    write_json(folder / RECIPE, {"library_name": "gac-plugin", "adapter": recipe.adapter, **recipe.arguments})
+    codec = {"codec": recipe.codec} if recipe.codec else {}
+    write_json(folder / RECIPE, {"library_name": "gac-plugin", "adapter": recipe.adapter, **recipe.arguments, **codec})
 
 
 def load_generator(path: str | Path) -> nn.Module:
@@ -69,21 +70,21 @@ def read_recipe(folder: Path) -> Recipe:
         UsageError: `config.json` cannot be read or does not name an adapter and its arguments.
     """
     values = read_config(folder / RECIPE)
-    arguments = {name: value for name, value in values.items() if name not in ("library_name", "adapter")}
-    shape = values.get("sample_shape")
+    arguments = {name: value for name, value in values.items() if name not in ("library_name", "adapter", "codec")}
+    shape, codec = values.get("sample_shape"), values.get("codec", {})
     well_formed = {
         "adapter": isinstance(values.get("adapter"), str),
         "output": values.get("output") in list(OUTPUT_RANGES),
+        "codec": isinstance(codec, dict),
         "sample_shape": isinstance(shape, list)
-        and len(shape) == 3
         and all(map(_is_size, shape))
-        and shape[0] in (1, 3),
+        and (bool(codec) or (len(shape) == 3 and shape[0] in (1, 3))),
         **{name: _is_size(values.get(name)) for name in ("latent_size", "width", "depth")},
     }
     wrong = [name for name, right in well_formed.items() if not right]
     if wrong:
         raise UsageError(f"{folder / RECIPE} does not describe a network: {', '.join(wrong)} missing or wrong")
-    return Recipe(values["adapter"], arguments)
+    return Recipe(values["adapter"], arguments, codec)
 
 
 def checksum(weights: Mapping[str, Tensor]) -> str:

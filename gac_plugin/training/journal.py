@@ -2,7 +2,8 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,10 @@ from torch import Tensor, nn
 
 from gac_plugin.cotangent import evaluating
 from gac_plugin.errors import UsageError, resolve
+from gac_plugin.protocols import Codec
 from gac_plugin.strategy import Stats
-from gac_plugin.training.batches import to_pixels
 from gac_plugin.training.config import Config
-from gac_plugin.training.files import MARK, append_line, clear_run, sweep_run, write_grid, write_json, write_whole
+from gac_plugin.training.files import MARK, append_line, clear_run, sweep_run, write_json, write_whole
 from gac_plugin.training.health import Health, diversity, nearest_distance
 
 GRID = 64
@@ -43,10 +44,21 @@ def tracker_names(wanted: str | None) -> list[str]:
 
 
 @torch.no_grad()
-def render(generator: nn.Module, latents: Tensor, value_range: tuple[float, float]) -> Tensor:
-    """uint8 pixels (N, C, H, W) of latents (N, latent_size), in evaluation mode and in parts of 1,000."""
+def render(generator: nn.Module, codec: Codec, latents: Tensor, labels: Tensor | None = None) -> Tensor:
+    """Samples as the codec stores them, made in evaluation mode and in parts of 1,000.
+
+    Args:
+        generator: its parameters stay as they are.
+        codec: of its samples.
+        latents: shape (N, latent_size).
+        labels: int64, shape (N,), for a conditional generator.
+    """
+    conditions: Iterable[dict[str, Tensor]] = repeat({})
+    if labels is not None:
+        conditions = ({"labels": part} for part in labels.split(GENERATION_BATCH))
     with evaluating(generator):
-        return torch.cat([to_pixels(generator(part), value_range) for part in latents.split(GENERATION_BATCH)])
+        parts = zip(latents.split(GENERATION_BATCH), conditions, strict=False)
+        return torch.cat([codec.to_stored(generator(z, **some)) for z, some in parts])
 
 
 class Journal:
@@ -54,16 +66,29 @@ class Journal:
 
     Args:
         config: of the run.
+        codec: of its samples.
+        classes: how many of them take turns in `samples/`; 0 where training is not conditional.
         folder: of the run.
         accelerator: knows the trackers.
         health: told of the figures that are written.
         real: GRID real samples or fewer, on the training device; what diversity is measured against.
     """
 
-    def __init__(self, config: Config, folder: Path, accelerator: Accelerator, health: Health, real: Tensor) -> None:
-        self.config, self.folder, self.accelerator, self.health = config, folder, accelerator, health
+    def __init__(
+        self,
+        config: Config,
+        codec: Codec,
+        classes: int,
+        folder: Path,
+        accelerator: Accelerator,
+        health: Health,
+        real: Tensor,
+    ) -> None:
+        self.config, self.codec, self.folder = config, codec, folder
+        self.accelerator, self.health = accelerator, health
         latents = torch.randn(GRID, config.latent_size, generator=torch.Generator().manual_seed(config.seed))
         self.latents = latents.to(accelerator.device)
+        self.labels = torch.arange(GRID, device=accelerator.device) % classes if classes else None
         self.real_distance, self.compared = nearest_distance(real), len(real)
         self.latest: Stats = {}
 
@@ -113,17 +138,19 @@ class Journal:
     def _diversity(self, generator: nn.Module) -> Stats:
         if self.compared < 2:
             return {}
+        conditions = {} if self.labels is None else {"labels": self.labels[: self.compared]}
         with evaluating(generator):
-            return {"diversity": diversity(generator(self.latents[: self.compared]), self.real_distance)}
+            samples = generator(self.latents[: self.compared], **conditions)
+        return {"diversity": diversity(samples, self.real_distance)}
 
     def take(self, stats: Stats) -> None:
         """Remember a step's statistics."""
         self.latest.update(stats)
 
     def draw(self, step: int, generator: nn.Module) -> None:
-        """Write the picture of the fixed latents."""
-        pixels = render(generator, self.latents, self.config.value_range)
-        write_grid(self.folder / "samples" / f"step-{step:07d}.png", pixels)
+        """Write what the generator makes of the fixed latents."""
+        stored = render(generator, self.codec, self.latents, self.labels)
+        self.codec.write(self.folder / "samples" / f"step-{step:07d}{self.codec.suffixes[0]}", stored)
 
     def text(self) -> str:
         """The metrics so far, for a checkpoint."""

@@ -8,7 +8,7 @@ import time
 import zlib
 from collections.abc import Generator, Iterator
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,10 @@ from tqdm.auto import tqdm
 
 from gac_plugin.errors import UsageError
 from gac_plugin.strategy import Stats
-from gac_plugin.training.batches import batches, to_samples
+from gac_plugin.training.batches import batches
 from gac_plugin.training.checkpoint import Checkpoint, Checkpoints, Stateful, newest_intact, read_checkpoint
 from gac_plugin.training.config import FEWEST_TO_EVALUATE, Config
-from gac_plugin.training.data import Images, Source, load_images, sample
+from gac_plugin.training.data import Data, codec_of, load_data
 from gac_plugin.training.evaluate import Evaluation, Features, evaluate, make_features
 from gac_plugin.training.files import next_run, run_folder, write_json
 from gac_plugin.training.game import Game
@@ -34,6 +34,7 @@ from gac_plugin.training.journal import GRID, METRICS, Journal, render, tracker_
 from gac_plugin.training.networks import Recipe, choose_recipe
 from gac_plugin.training.processes import everyones, from_main, main_only, require_one_run, together
 from gac_plugin.training.random_states import RandomStates
+from gac_plugin.training.source import Decoded, sample
 from gac_plugin.training.stopping import Goal, Signals, Stop
 
 AGREE_EVERY = 10
@@ -69,7 +70,7 @@ def train(config: Config) -> Result:
     """Train by a configuration; in several processes, call it in each.
 
     Raises:
-        UsageError: see `load_images`, `run_folder`, `newest_intact` and `GAC`; training diverged; or a checkpoint
+        UsageError: see `load_data`, `run_folder`, `newest_intact` and `GAC`; training diverged; or a checkpoint
             cannot be written.
         KeyboardInterrupt: Ctrl-C, after a checkpoint was written.
     """
@@ -83,11 +84,11 @@ def train(config: Config) -> Result:
             if process.is_main_process:
                 stack.enter_context(run_folder(folder, config.overwrite or config.resume is not None))
         with together():
-            real, test = load_images(config, process.device)
-            recipe = choose_recipe(config, real.sample_shape)
+            data = load_data(config, process.device)
+            recipe = choose_recipe(config, data.codec, data.adapter, data.classes)
             set_seed(config.seed)
             generator, discriminator = recipe.generator(), recipe.discriminator()
-            _require_enough(config, test)
+            _require_enough(config, data.test)
         accelerator = Accelerator(
             mixed_precision=config.mixed_precision,
             cpu=config.cpu,
@@ -96,26 +97,36 @@ def train(config: Config) -> Result:
             project_dir=folder / "logs",
         )
         with together():
-            run = _Run(config, folder, accelerator, recipe, (generator, discriminator), (real, test))
+            run = _Run(config, folder, accelerator, recipe, (generator, discriminator), data)
         run.resume()
         return run.go()
 
 
-def generate(generator: nn.Module, recipe: Recipe, count: int, seed: int, device: torch.device | str = "cpu") -> Tensor:
-    """Images from a generator, the same for the same seed.
+def generate(
+    generator: nn.Module,
+    recipe: Recipe,
+    count: int,
+    seed: int,
+    device: torch.device | str = "cpu",
+    labels: Tensor | None = None,
+) -> Tensor:
+    """Samples from a generator, the same for the same seed.
 
     Args:
         generator: used in evaluation mode.
-        recipe: tells its latent size and value range.
+        recipe: tells its latent size, its classes and its codec.
         count: how many.
         seed: fixes the latents, drawn on the CPU.
         device: where the generator is.
+        labels: int64, shape (count,), for a conditional generator; by default its classes take turns.
 
     Returns:
-        uint8 pixels, shape (count, C, H, W), on the device.
+        Samples as the codec stores them, for images uint8 pixels (count, C, H, W), on the device.
     """
     latents = torch.randn(count, recipe.latent_size, generator=torch.Generator().manual_seed(seed))
-    return render(generator, latents.to(device), recipe.value_range)
+    if labels is None and recipe.classes:
+        labels = torch.arange(count) % recipe.classes
+    return render(generator, codec_of(recipe), latents.to(device), None if labels is None else labels.to(device))
 
 
 class _Run:
@@ -128,16 +139,18 @@ class _Run:
         accelerator: Accelerator,
         recipe: Recipe,
         networks: tuple[nn.Module, nn.Module],
-        images: tuple[Source, Images],
+        data: Data,
     ) -> None:
         self.config, self.folder, self.accelerator, self.recipe = config, folder, accelerator, recipe
-        self.real, self.test = images
+        self.real, self.test, self.codec = data.train, data.test, data.codec
+        labels = data.train.labels
+        self.labels = labels.to(accelerator.device) if recipe.classes and labels is not None else None
         self.main = accelerator.is_main_process
         self.game = Game(config, *networks, accelerator)
         self.random = RandomStates()
         self.health = Health(self.game.gac.loss, _say)
-        few = to_samples(sample(self.real, GRID).pixels.to(accelerator.device), config.value_range)
-        self.journal = Journal(config, folder, accelerator, self.health, few)
+        few = self.codec.to_samples(sample(self.real, GRID).values.to(accelerator.device))
+        self.journal = Journal(config, self.codec, recipe.classes, folder, accelerator, self.health, few)
         self.checkpoints: Checkpoints | None = None
         self.features: Features | None = None
         self.evaluation: tuple[int, Evaluation] | None = None
@@ -220,13 +233,13 @@ class _Run:
                 self.checkpoints.wait()
         return self._close(stop, seconds)
 
-    def _stream(self) -> Generator[tuple[Tensor, Tensor]]:
-        """Real samples and latents of the batches to come, each process's share of them."""
+    def _stream(self) -> Generator[tuple[Tensor, Tensor, dict[str, Tensor]]]:
+        """Real samples, latents and conditions of the batches to come, each process's share of them."""
         config, accelerator = self.config, self.accelerator
         real = batches(
             self.real,
             config.batch_size,
-            config.value_range,
+            self.codec.to_samples,
             config.seed,
             accelerator.process_index,
             accelerator.num_processes,
@@ -235,7 +248,8 @@ class _Run:
             self.first_batch,
         )
         return (
-            (samples, self._latents(number)) for number, samples in enumerate(real, self.step * config.accumulation)
+            (samples, self._latents(number), {} if self.labels is None else {"labels": self.labels[rows]})
+            for number, (samples, rows) in enumerate(real, self.step * config.accumulation)
         )
 
     def _latents(self, number: int) -> Tensor:
@@ -248,7 +262,7 @@ class _Run:
         z = torch.randn(self._taken, config.latent_size, generator=draw, device=device)
         return z[rank * config.batch_size : (rank + 1) * config.batch_size]
 
-    def _take_step(self, stream: Iterator[tuple[Tensor, Tensor]]) -> Stats:
+    def _take_step(self, stream: Iterator[tuple[Tensor, Tensor, dict[str, Tensor]]]) -> Stats:
         stats = self.game.step(self.step, islice(stream, self.config.accumulation))
         skipped = self.game.skipped_in_a_row
         if self.config.max_skipped and skipped >= self.config.max_skipped:
@@ -342,11 +356,22 @@ class _Run:
         """The average generator's evaluation at this step."""
         if self.evaluation is None or self.evaluation[0] != self.step:
             config, device = self.config, self.accelerator.device
+            train = sample(self.real)
             if self.features is None:
-                self.features = make_features(sample(self.real), self.test, config.seed, device)
-            pixels = generate(self.game.average.network, self.recipe, config.evaluation_samples, config.seed, device)
-            self.evaluation = self.step, evaluate(self.features, self.test.pixels.to(device), pixels)
+                self.features = make_features(self._pictures(train), self._pictures(self.test), config.seed, device)
+            count, network = config.evaluation_samples, self.game.average.network
+            labels = None
+            if self.labels is not None:  # as often as in the data
+                draw = torch.Generator().manual_seed(config.seed)
+                labels = self.labels.cpu()[torch.randint(len(self.labels), (count,), generator=draw)]
+            stored = generate(network, self.recipe, count, config.seed, device, labels)
+            figures = self.codec.figures(train.values.cpu(), self.test.values.cpu(), stored.cpu())
+            real, generated = self._pictures(self.test).values.to(device), self.codec.pictures(stored)
+            self.evaluation = self.step, evaluate(self.features, real, generated, labels, figures)
         return self.evaluation[1]
+
+    def _pictures(self, stored: Decoded) -> Decoded:
+        return replace(stored, values=self.codec.pictures(stored.values))
 
     def _close(self, stop: Stop, seconds: float) -> Result:
         asked = stop in (Stop.TERMINATED, Stop.INTERRUPTED)
@@ -373,10 +398,10 @@ def _require_half_precision(config: Config, device: torch.device) -> None:
         raise UsageError("--mixed-precision fp16 needs a GPU, and this run is on the CPU; pass bf16 or no")
 
 
-def _require_enough(config: Config, test: Images) -> None:
+def _require_enough(config: Config, test: Decoded) -> None:
     if config.evaluation_samples and len(test) < FEWEST_TO_EVALUATE:
         raise UsageError(
-            f"{len(test)} images in split {test.split!r} are too few to evaluate against; "
+            f"{len(test)} samples in split {test.split!r} are too few to evaluate against; "
             "pass --evaluation-samples 0, or another --test-split"
         )
 

@@ -1,20 +1,19 @@
 """Networks of a run, from the adapter that it names."""
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from typing import Any
 
 from torch import nn
 
 from gac_plugin.errors import UsageError, resolve
-from gac_plugin.protocols import Adapter
-from gac_plugin.training.config import OUTPUT_RANGES, Config
+from gac_plugin.protocols import Adapter, Codec
+from gac_plugin.training.config import Config
 
 GROUP = "gac_plugin.adapters"
 SMALL_SAMPLE = 1024
-WIDTH_AND_DEPTH = {"mlp": (256, 2), "dcgan": (64, 3)}
 
 
 @dataclass(frozen=True)
@@ -24,10 +23,12 @@ class Recipe:
     Attributes:
         adapter: name of the adapter.
         arguments: keyword arguments of its builders, JSON values.
+        codec: what the codec's `to_json` gives, where the samples are not images.
     """
 
     adapter: str
     arguments: dict[str, Any]
+    codec: dict[str, Any] = field(default_factory=dict)
 
     @property
     def latent_size(self) -> int:
@@ -35,9 +36,9 @@ class Recipe:
         return self.arguments["latent_size"]
 
     @property
-    def value_range(self) -> tuple[float, float]:
-        """Lowest and highest value of a sample."""
-        return OUTPUT_RANGES[self.arguments["output"]]
+    def classes(self) -> int:
+        """The number of classes that the networks are told apart, 0 if they are not told."""
+        return self.arguments.get("classes", 0)
 
     def generator(self) -> nn.Module:
         """A generator with fresh weights; see `_build`."""
@@ -71,27 +72,38 @@ def find_adapter(name: str) -> Adapter:
     """The adapter of that name.
 
     Raises:
-        UsageError: none is installed under the name, or what its entry point names is not an `Adapter`.
+        UsageError: none is installed under the name, it cannot be imported, or its entry point names no `Adapter`.
     """
     point = resolve(name, {point.name: point for point in entry_points(group=GROUP)}, "adapter")
     assert not isinstance(point, str)
-    adapter = point.load()
+    try:
+        adapter = point.load()
+    except (ImportError, AttributeError) as error:
+        raise UsageError(f"the adapter {name!r} cannot be imported from {point.value!r}: {error}") from error
     if not isinstance(adapter, Adapter):
         raise UsageError(f"the entry point {point.value!r} of adapter {name!r} is a {type(adapter).__name__}")
     return adapter
 
 
-def choose_recipe(config: Config, sample_shape: Sequence[int]) -> Recipe:
-    """The adapter and its arguments for samples of a shape: what the configuration says, or what suits the size."""
-    adapter = config.adapter or ("mlp" if math.prod(sample_shape) <= SMALL_SAMPLE else "dcgan")
-    width, depth = WIDTH_AND_DEPTH.get(adapter, (64, 2))
-    return Recipe(
-        adapter,
-        {
-            "sample_shape": list(sample_shape),
-            "latent_size": config.latent_size,
-            "width": config.width or width,
-            "depth": config.depth or depth,
-            "output": config.output,
-        },
-    )
+def choose_recipe(config: Config, codec: Codec, adapter: str | None, classes: int) -> Recipe:
+    """The adapter and the arguments of its builders: what the configuration says, or what suits the samples.
+
+    Args:
+        config: of the run.
+        codec: of the data.
+        adapter: the one that reads the data; None for images, whose size then decides.
+        classes: in the data; used where training is conditional.
+    """
+    small = math.prod(codec.sample_shape) <= SMALL_SAMPLE
+    name = config.adapter or adapter or ("mlp" if small else "dcgan")
+    found = find_adapter(name)
+    arguments = {
+        "sample_shape": list(codec.sample_shape),
+        "latent_size": config.latent_size,
+        "width": config.width or found.width,
+        "depth": config.depth or found.depth,
+        "output": config.output,
+        **({} if found.medium else config.adapter_options),
+        **({"classes": classes} if config.conditional else {}),
+    }
+    return Recipe(name, arguments, codec.to_json())
