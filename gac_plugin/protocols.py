@@ -161,13 +161,15 @@ class Medium:
 
     Attributes:
         column: type of the data set's column, as `datasets` calls it: "Audio", "string".
-        fit: (undecoded cells of the training split, options of the adapter) -> codec.
+        fit: (undecoded cells of the training split, options of the codec) -> codec.
         load: what the codec's `to_json` gave -> the same codec.
+        options: names of those of the adapter's options that are the codec's; the others are the builders'.
     """
 
     column: str
     fit: Callable[[Iterable[Any], Mapping[str, Any]], Encoder]
     load: Callable[[Mapping[str, Any]], Encoder]
+    options: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

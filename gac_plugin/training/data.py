@@ -129,7 +129,8 @@ def _encoded(
     adapter: str | None,
     medium: Medium,
 ) -> Data:
-    codec = medium.fit(_cells(rows, column), config.adapter_options)
+    options = {name: value for name, value in config.adapter_options.items() if name in medium.options}
+    codec = medium.fit(_cells(rows, column), options)
     train = _in_memory(rows, column, codec, config.split)
     test = train if tested is None else _in_memory(tested, column, codec, config.test_split)
     return Data(train.to(device), test, codec, adapter)

@@ -97,13 +97,14 @@ def choose_recipe(config: Config, codec: Codec, adapter: str | None, classes: in
     small = math.prod(codec.sample_shape) <= SMALL_SAMPLE
     name = config.adapter or adapter or ("mlp" if small else "dcgan")
     found = find_adapter(name)
+    codec_options = found.medium.options if found.medium else ()
     arguments = {
         "sample_shape": list(codec.sample_shape),
         "latent_size": config.latent_size,
         "width": config.width or found.width,
         "depth": config.depth or found.depth,
         "output": config.output,
-        **({} if found.medium else config.adapter_options),
+        **{name: value for name, value in config.adapter_options.items() if name not in codec_options},
         **({"classes": classes} if config.conditional else {}),
     }
     return Recipe(name, arguments, codec.to_json())
