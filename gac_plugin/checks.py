@@ -11,7 +11,23 @@ from torch.nn.parallel import DistributedDataParallel
 from gac_plugin.cotangent import evaluating, sharded_parts
 from gac_plugin.errors import UsageError
 from gac_plugin.penalties import GradientPenalty
-from gac_plugin.protocols import Backward, Logits
+from gac_plugin.protocols import Backward, Heads, Logits
+
+
+def require_tensor(samples: Any, where: str) -> None:
+    """Refuse samples that come in a tuple, list or dictionary with something else.
+
+    Args:
+        samples: what should be a tensor.
+        where: whose samples they are, for the message, with the verb ("the generator returned").
+
+    Raises:
+        UsageError: they are no tensor.
+    """
+    if not isinstance(samples, Tensor):
+        raise UsageError(
+            f"{where} a {type(samples).__name__}, not a tensor of samples; pick the samples out of it, for example [0]"
+        )
 
 
 def require_alike(real: Tensor, fake: Tensor) -> None:
@@ -123,6 +139,24 @@ def require_no_batch_norm(discriminator: nn.Module) -> None:
                 f"the fused schedule needs a discriminator that treats samples independently, and its layer {name!r} "
                 f"is a {type(module).__name__}, which mixes the batch; use schedule='fresh', or a norm per sample"
             )
+
+
+def require_one_logit_each(heads: Heads, batch: int) -> None:
+    """Refuse several logits for a sample in the fused schedule: one backward pass cannot be re-weighted for each.
+
+    Args:
+        heads: the discriminator's logits.
+        batch: number of samples, B.
+
+    Raises:
+        UsageError: there are several heads, or several logits in one; the message gives their shapes.
+    """
+    if [head.numel() for head in heads] != [batch]:
+        shapes = ", ".join(str(tuple(head.shape)) for head in heads)
+        raise UsageError(
+            f"the fused schedule needs one logit for each sample, got {shapes} for {batch} samples; "
+            "use schedule='fresh'"
+        )
 
 
 def require_independent_samples(logits: Logits, real: Tensor, fake: Tensor, conditions: Mapping[str, Any]) -> None:

@@ -1,5 +1,8 @@
 """What GAC asks of foreign objects: networks, latents, and the packages that adapters wrap."""
 
+from collections.abc import Callable, Mapping, Sequence
+
+
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,8 +10,12 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from gac_plugin.errors import UsageError
+
+Heads = list[Tensor]
+"""The logits of each of a discriminator's heads, shapes (B, ...); most discriminators have one head."""
 
 LatentSource = int | tuple[int, ...] | Callable[[int], Any]
 """A latent size, a latent shape, or a callable from batch size to latents; the first two mean standard normal draws."""
@@ -35,17 +42,22 @@ class Scaler(Protocol):
 class Logits:
     """D's answer as logits, whatever D returns.
 
+    A discriminator may have several heads, one for each scale say, whose logits differ in shape. A list of tensors is
+    taken for the logits of heads, but for feature maps, of more than one channel; a tuple is not, since it is as often
+    logits and something else, unless a selector has picked it.
+
     Args:
         discriminator: called with samples and the conditions.
         output: "logit" if D returns logits, "probability" if it ends in a sigmoid.
-        select: picks the logits (or probabilities) out of D's answer, when that is a tuple, a dictionary or the like.
+        select: picks the logits (or probabilities) out of D's answer, when that is a tuple, a dictionary or the like;
+            `list` if every part of it is a head.
 
     Raises:
-        UsageError: `output` is neither; at a call, D's answer is not a tensor whose first size is the batch.
+        UsageError: `output` is neither; at a call, D's answer is not tensors whose first size is the batch.
     """
 
     def __init__(
-        self, discriminator: nn.Module, output: str = "logit", select: Callable[[Any], Tensor] | None = None
+        self, discriminator: nn.Module, output: str = "logit", select: Callable[[Any], Any] | None = None
     ) -> None:
         if output not in OUTPUTS:
             raise UsageError(f"unknown output {output!r}; choose one of: {', '.join(OUTPUTS)}")
@@ -54,17 +66,22 @@ class Logits:
         self.select = select
 
     def __call__(self, samples: Tensor, conditions: Mapping[str, Any]) -> Tensor:
+        """One tensor: a single head's logits, shape (B, ...), or the mean over heads of each one's mean, shape (B,)."""
+        heads = self.heads(samples, conditions)
+        if len(heads) == 1:
+            return heads[0]
+        return torch.stack([head.reshape(head.shape[0], -1).mean(dim=1) for head in heads]).mean(dim=0)
+
+    def heads(self, samples: Tensor, conditions: Mapping[str, Any]) -> Heads:
+        """The logits of each head, shapes (B, ...)."""
         answer = self.discriminator(samples, **conditions)
-        if self.select is not None:
-            answer = self.select(answer)
-        if not isinstance(answer, Tensor):
+        parts = _parts(answer) if self.select is None else _picked_parts(self.select(answer))
+        return [self._as_logits(part, samples.shape[0]) for part in parts]
+
+    def _as_logits(self, answer: Tensor, batch: int) -> Tensor:
+        if answer.dim() == 0 or answer.shape[0] != batch:
             raise UsageError(
-                f"the discriminator returned a {type(answer).__name__}, not a tensor of logits; say which part of it "
-                "the logits are, for example logits=lambda out: out[0]"
-            )
-        if answer.dim() == 0 or answer.shape[0] != samples.shape[0]:
-            raise UsageError(
-                f"the discriminator's logits have shape {tuple(answer.shape)} for {samples.shape[0]} samples; "
+                f"the discriminator's logits have shape {tuple(answer.shape)} for {batch} samples; "
                 "the first size must be the batch"
             )
         if not self.probability:
@@ -77,25 +94,63 @@ class Logits:
         return p.log() - torch.log1p(-p)
 
 
+def _parts(answer: Any) -> Sequence[Tensor]:
+    """The heads' tensors in an answer of which nobody has said what it is."""
+    if isinstance(answer, Tensor):
+        return [answer]
+    if isinstance(answer, list) and answer and all(map(_may_be_logits, answer)):
+        return answer
+    raise UsageError(
+        f"the discriminator returned a {type(answer).__name__}, not a tensor of logits; say which part of it "
+        "the logits are, for example logits=lambda out: out[0], or logits=list if each part is the logits of one head"
+    )
+
+
+def _picked_parts(picked: Any) -> Sequence[Tensor]:
+    """The heads' tensors in what a selector picked."""
+    parts = picked if isinstance(picked, (list, tuple)) else [picked]
+    if not parts or not all(isinstance(part, Tensor) for part in parts):
+        kinds = ", ".join(type(part).__name__ for part in parts) or "nothing"
+        raise UsageError(
+            f"logits= picked {kinds} out of the discriminator's answer; it must pick a tensor of logits, or a list "
+            "with one tensor for each head"
+        )
+    return parts
+
+
+def _may_be_logits(part: Any) -> bool:
+    """Whether it is a number or a vector for each sample, or a map of one channel."""
+    return isinstance(part, Tensor) and part.is_floating_point() and (0 < part.dim() < 3 or part.shape[1:2] == (1,))
+
+
 def latent_sampler(latent: LatentSource | None, generator: nn.Module) -> Callable[[Tensor], Any] | None:
     """How latents are drawn for a real batch: real -> z for as many samples, of the batch's type, on its device.
 
+    What a callable returns may be any object that the generator takes; floating-point tensors in it, also within
+    tuples, lists and dictionaries, are brought to the batch's type and device, other tensors to its device.
+
     Args:
         latent: see `LatentSource`; None uses the generator's `nz` (torch-mimicry's name), if it has one.
-        generator: the network that the latents are for.
+        generator: the network that the latents are for, maybe wrapped in `DistributedDataParallel`.
 
     Returns:
         A callable, or None if `latent` is None and the generator does not tell its latent size.
     """
     if latent is None:
-        latent = getattr(generator, "nz", None)
+        unwrapped = getattr(generator, "module", None)
+        latent = getattr(generator, "nz", getattr(unwrapped, "nz", None))
     if latent is None:
         return None
     if callable(latent):
         draw = latent
-        return lambda real: draw(real.shape[0])
+        return lambda real: tree_map_only(Tensor, lambda z: _beside(z, real), draw(real.shape[0]))
     shape = (latent,) if isinstance(latent, int) else tuple(latent)
     return lambda real: torch.randn(real.shape[0], *shape, device=real.device, dtype=real.dtype)
+
+
+def _beside(z: Tensor, real: Tensor) -> Tensor:
+    # non_blocking: the host does not wait for the device to take over a draw of its own
+    return z.to(real.device, real.dtype if z.is_floating_point() else z.dtype, non_blocking=real.is_cuda)
 
 
 class Codec(Protocol):

@@ -21,8 +21,10 @@ from gac_plugin.checks import (
     require_finite,
     require_independent_samples,
     require_no_batch_norm,
+    require_one_logit_each,
     require_range,
     require_right_gradients,
+    require_tensor,
 )
 from gac_plugin.cotangent import (
     cotangent,
@@ -34,9 +36,9 @@ from gac_plugin.cotangent import (
     sharded_parts,
 )
 from gac_plugin.errors import UsageError, resolve
-from gac_plugin.losses import LOSSES, SCORES, Loss, Score, generator_objective
+from gac_plugin.losses import LOSSES, SCORES, Loss, Objective, Score, generator_objective
 from gac_plugin.penalties import PENALTIES, GradientPenalty, logit_gradient
-from gac_plugin.protocols import Backward, LatentSource, Logits, latent_sampler
+from gac_plugin.protocols import Backward, Heads, LatentSource, Logits, latent_sampler
 from gac_plugin.tensors import per_sample_mean, scale_samples
 from gac_plugin.update import Update, plain, spread, window_ends, without_synchronisation
 
@@ -45,6 +47,9 @@ SCHEDULES = ("fresh", "fused")
 Stats = dict[str, Tensor]
 """Detached 0-dimensional tensors on the device; reading one on the host is what costs time, so do it rarely."""
 
+Conditions = Mapping[str, Any]
+"""Keyword arguments of a network beside latents or samples: labels, images, text embeddings."""
+
 
 @dataclass(frozen=True)
 class Judged:
@@ -52,14 +57,14 @@ class Judged:
 
     Attributes:
         fake: the generated samples cut from the generator, shape (B, ...).
-        real_logits, fake_logits: with their graphs through D, equal shapes (B, ...).
+        real_logits, fake_logits: of each head, with their graphs through D, pairwise equal shapes (B, ...).
         fake_gradient: dl/dx at the generated samples, shape (B, ...), where R2 measured it.
         penalty: to be added to the mean loss, 0-dimensional, on the steps that carry it.
     """
 
     fake: Tensor
-    real_logits: Tensor
-    fake_logits: Tensor
+    real_logits: Heads
+    fake_logits: Heads
     fake_gradient: Tensor | None
     penalty: Tensor | None
 
@@ -67,10 +72,26 @@ class Judged:
         """Detached statistics of the discriminator's side; see `GAC.step`."""
         stats = {
             "loss_d": loss.detach(),
-            "d_real": torch.sigmoid(self.real_logits.detach()).mean(),
-            "d_fake": torch.sigmoid(self.fake_logits.detach()).mean(),
+            "d_real": _mean([torch.sigmoid(head.detach()).mean() for head in self.real_logits]),
+            "d_fake": _mean([torch.sigmoid(head.detach()).mean() for head in self.fake_logits]),
         }
         return stats if self.penalty is None else stats | {"penalty": self.penalty.detach()}
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What the generator makes a batch of samples from, and what the discriminator judges them with.
+
+    Attributes:
+        z: the latents.
+        paired: the real samples that the generated ones are paired with; None for a loss that pairs none.
+        to_generator, to_discriminator: the conditions of each network.
+    """
+
+    z: Any
+    paired: Tensor | None
+    to_generator: Conditions
+    to_discriminator: Conditions
 
 
 class GAC:
@@ -86,9 +107,12 @@ class GAC:
         penalty: a name in `PENALTIES`, a `GradientPenalty`, or None.
         schedule: "fresh" or "fused".
         output: "logit", or "probability" for a discriminator that ends in a sigmoid.
-        logits: picks the logits out of what the discriminator returns; None if it returns them alone.
+        logits: picks the logits out of what the discriminator returns, or a list of them, one for each head; None if it
+            returns a tensor, or a list of vectors and one-channel maps. Of several heads every loss and score is the
+            mean over heads of the mean over a head's logits, and a penalty measures the gradient of the sum of all.
         accelerator: an `accelerate.Accelerator` whose `prepare` made the networks and optimizers; None without one.
-        latent: latent size, shape, or batch size -> latents; None asks the generator's `nz`, or pass z to `step`.
+        latent: latent size, shape, or batch size -> latents, which are brought to the real batch's device and floating-
+            point type; None asks the generator's `nz`, or pass z to `step`.
         max_norm: bound on the norm of each network's gradient; None for none.
         skip_nonfinite: leave out a step whose loss or gradient is not finite, in all processes together. It reads a
             number on the host in every step; without it nothing does.
@@ -109,7 +133,7 @@ class GAC:
         penalty: str | GradientPenalty | None = None,
         schedule: str = "fresh",
         output: str = "logit",
-        logits: Callable[[Any], Tensor] | None = None,
+        logits: Callable[[Any], Any] | None = None,
         accelerator: Backward | None = None,
         latent: LatentSource | None = None,
         max_norm: float | None = None,
@@ -136,7 +160,7 @@ class GAC:
         self._update_g = Update(generator_optimizer, accelerator, max_norm, skip_nonfinite)
         self._spread = spread if skip_nonfinite else _unchanged
         self._discriminator_steps = 0
-        self._window: list[tuple[Any, Tensor | None, Mapping[str, Any]]] = []
+        self._window: list[Batch] = []
         self._checked = False
         require_right_gradients(generator, discriminator, accelerator, self.penalty)
         if schedule == "fused":
@@ -147,12 +171,23 @@ class GAC:
             for part in self._sharded_d:
                 part.set_reshard_after_backward(False, recurse=False)
 
-    def step(self, real: Tensor, z: Any = None, **conditions: Any) -> Stats:
+    def step(
+        self,
+        real: Tensor,
+        z: Any = None,
+        *,
+        generator_conditions: Conditions | None = None,
+        discriminator_conditions: Conditions | None = None,
+        **conditions: Any,
+    ) -> Stats:
         """One step of both networks.
 
         Args:
             real: real samples, shape (B, ...), floating point, in the range that the generator makes.
-            z: latents for B samples; None draws them.
+            z: latents for B samples, the generator's first argument as it is: a tensor, tuple, dictionary, ...; None
+                draws them.
+            generator_conditions: passed by keyword to the generator alone, under any name, `real` and `z` among them.
+            discriminator_conditions: likewise to the discriminator alone.
             conditions: passed to both networks by keyword (labels, text embeddings, ...).
 
         Returns:
@@ -162,20 +197,25 @@ class GAC:
             `Accelerator.accumulate`, `loss_g` and what follows come at the end of each window.
 
         Raises:
-            UsageError: shapes do not fit, no way to draw latents is known, or, at the first step, a value is not finite
-                or the schedule does not fit the discriminator.
+            UsageError: samples are no tensors or their shapes differ, no way to draw latents is known, or, at the
+                first step, a value is not finite or the schedule does not fit the discriminator.
         """
+        require_tensor(real, "step was given")
         if z is None:
             if self._draw is None:
                 raise UsageError("GAC does not know the latent size; pass latent=..., or z to step")
             z = self._draw(real)
+        batch = Batch(
+            z,
+            real if self._paired else None,
+            to_generator={**conditions, **(generator_conditions or {})},
+            to_discriminator={**conditions, **(discriminator_conditions or {})},
+        )
         if self.schedule == "fused":
-            return self._fused_step(real, self.generator(z, **conditions), conditions)
+            return self._fused_step(real, batch)
         if self._window or not window_ends(self.accelerator):
-            return self._accumulated_step(real, z, conditions)
-        fake = self.generator(z, **conditions)
-        stats = self.discriminator_step(real, fake, **conditions)
-        return stats | self.generator_step(fake, real if self._paired else None, **conditions)
+            return self._accumulated_step(real, batch)
+        return self._fresh_step(real, batch)
 
     def discriminator_step(self, real: Tensor, fake: Tensor, **conditions: Any) -> Stats:
         """Update the discriminator on real and generated samples; see `step`.
@@ -184,10 +224,7 @@ class GAC:
             real, fake: of equal shape (B, ...). The graph behind `fake` is neither used nor released.
             conditions: passed to the discriminator by keyword.
         """
-        judged = self._judge(real, fake, conditions)
-        loss = self.loss.discriminator(judged.real_logits, judged.fake_logits).mean()
-        norm = self._update_discriminator(self._spread(loss if judged.penalty is None else loss + judged.penalty))
-        return judged.stats(loss) | norm
+        return self._discriminator_step(real, fake, conditions)
 
     def generator_step(self, fake: Tensor, real: Tensor | None = None, **conditions: Any) -> Stats:
         """Update the generator by ascending the score at samples it made; see `step`.
@@ -212,8 +249,9 @@ class GAC:
             conditions: passed to the discriminator by keyword.
 
         Returns:
-            A tensor of the shape of `fake`. For a map of patch logits the score of a sample is the mean over its map.
-            D runs in the mode it is in: put it in evaluation mode first where batch norm's averages are to stay.
+            A tensor of the shape of `fake`. For a map of patch logits the score of a sample is the mean over its map,
+            for several heads the mean over heads of that. D runs in the mode it is in: put it in evaluation mode first
+            where batch norm's averages are to stay.
         """
         covector, _ = self._covector(fake, real, conditions, lambda values: per_sample_mean(values).sum())
         return -covector
@@ -236,36 +274,38 @@ class GAC:
         self._discriminator_steps = state["discriminator_steps"]
         self._update_d.skipped, self._update_g.skipped = state.get("skipped_d", 0), state.get("skipped_g", 0)
 
-    def _accumulated_step(self, real: Tensor, z: Any, conditions: Mapping[str, Any]) -> Stats:
+    def _fresh_step(self, real: Tensor, batch: Batch) -> Stats:
+        """D first, then G by the covectors of the updated D at the same samples."""
+        fake = self._generate(batch)
+        stats = self._discriminator_step(real, fake, batch.to_discriminator)
+        loss = self._pull_back(fake, batch.paired, batch.to_discriminator)
+        return stats | {"loss_g": loss} | self._step_generator()
+
+    def _accumulated_step(self, real: Tensor, batch: Batch) -> Stats:
         """One batch of a window. At its end D is updated on the whole window, and only then G, at the same samples.
 
         The covectors of every batch are those of the updated D, as in a step on one large batch. No graph of G outlives
         its batch: the samples are made again from their latents, at the price of one more forward pass of G.
         """
-        self._window.append((z, real if self._paired else None, conditions))
+        self._window.append(batch)
         with torch.no_grad():
-            fake = self.generator(z, **conditions)
-        stats = self.discriminator_step(real, fake, **conditions)
+            fake = self._generate(batch)
+        stats = self._discriminator_step(real, fake, batch.to_discriminator)
         if not window_ends(self.accelerator):
             return stats
         (*earlier, last), self._window = self._window, []
         losses = []
-        for z, paired, conditions in earlier:
+        for batch in earlier:
             with without_synchronisation(self.accelerator, self.generator):
-                losses.append(self._pull_back(self.generator(z, **conditions), paired, conditions))
-        z, paired, conditions = last
-        losses.append(self._pull_back(self.generator(z, **conditions), paired, conditions))
+                losses.append(self._pull_back(self._generate(batch), batch.paired, batch.to_discriminator))
+        losses.append(self._pull_back(self._generate(last), last.paired, last.to_discriminator))
         return stats | {"loss_g": torch.stack(losses).mean()} | self._step_generator()
 
-    def _fused_step(self, real: Tensor, fake: Tensor, conditions: Mapping[str, Any]) -> Stats:
+    def _fused_step(self, real: Tensor, batch: Batch) -> Stats:
         """Both updates from one backward pass of D, weighted so that D's gradient and G's covector come out of it."""
-        judged = self._judge(real, fake, conditions, keep_input_gradient=True)
-        real_logits, fake_logits = judged.real_logits, judged.fake_logits
-        if fake_logits.numel() != fake.shape[0]:
-            raise UsageError(
-                f"the fused schedule needs one logit for each sample, got {tuple(fake_logits.shape)} for "
-                f"{fake.shape[0]} samples; use schedule='fresh'"
-            )
+        fake = self._generate(batch)
+        judged = self._judge(real, fake, batch.to_discriminator, keep_input_gradient=True)
+        (real_logits,), (fake_logits,) = judged.real_logits, judged.fake_logits
         v_real, v_fake, w = logit_derivatives(self.loss, self._objective, real_logits, fake_logits)
         fake_logits.retain_grad()
         with torch.no_grad():
@@ -273,7 +313,7 @@ class GAC:
             loss_g = self._objective(real_logits, fake_logits).mean()
         # the chain rule, cut at the logits: its gradient in D's parameters is that of the mean loss
         cut = (real_logits * v_real).sum() + (fake_logits * keep_visible(v_fake)).sum()
-        norm = self._update_discriminator(self._spread(cut if judged.penalty is None else cut + judged.penalty))
+        norm = self._update_discriminator(cut, judged.penalty)
 
         if judged.fake_gradient is not None:  # R2 has measured dl/dx already
             covector = scale_samples(w.reshape(-1), judged.fake_gradient.detach())
@@ -285,31 +325,29 @@ class GAC:
         pullback(fake, covector, self.accelerator)
         return judged.stats(loss_d) | norm | {"loss_g": loss_g} | self._step_generator()
 
-    def _judge(
-        self, real: Tensor, fake: Tensor, conditions: Mapping[str, Any], keep_input_gradient: bool = False
-    ) -> Judged:
+    def _generate(self, batch: Batch) -> Tensor:
+        fake = self.generator(batch.z, **batch.to_generator)
+        require_tensor(fake, "the generator returned")
+        return fake
+
+    def _discriminator_step(self, real: Tensor, fake: Tensor, conditions: Conditions) -> Stats:
+        judged = self._judge(real, fake, conditions)
+        loss = _mean_over_heads(self.loss.discriminator, judged.real_logits, judged.fake_logits)
+        return judged.stats(loss) | self._update_discriminator(loss, judged.penalty)
+
+    def _judge(self, real: Tensor, fake: Tensor, conditions: Conditions, keep_input_gradient: bool = False) -> Judged:
         """D's forward passes on both batches, with the penalty on the steps that carry it."""
         require_alike(real, fake)
         penalty = self.penalty if self.penalty and self.penalty.is_due(self._discriminator_steps) else None
         measure_real, measure_fake = penalty is not None and penalty.r1 > 0, penalty is not None and penalty.r2 > 0
         real = real.detach().requires_grad_(measure_real)
         fake = fake.detach().requires_grad_(measure_fake or keep_input_gradient)
-        real_logits, fake_logits = self._logits(real, conditions), self._logits(fake, conditions)
+        real_logits, fake_logits = self._logits.heads(real, conditions), self._logits.heads(fake, conditions)
         if not self._checked:
-            require_finite(
-                {
-                    "real samples": real,
-                    "generated samples": fake,
-                    "discriminator's logits of the real samples": real_logits,
-                    "discriminator's logits of the generated samples": fake_logits,
-                }
-            )
-            if self.schedule == "fused":
-                require_range(fake_logits.dtype)
-                require_independent_samples(self._logits, real, fake, conditions)
+            self._check_first_step(real, fake, real_logits, fake_logits, conditions)
             self._checked = True
-        real_gradient = logit_gradient(real_logits, real) if measure_real else None
-        fake_gradient = logit_gradient(fake_logits, fake) if measure_fake else None
+        real_gradient = logit_gradient(_all_logits(real_logits), real) if measure_real else None
+        fake_gradient = logit_gradient(_all_logits(fake_logits), fake) if measure_fake else None
         return Judged(
             fake=fake,
             real_logits=real_logits,
@@ -318,8 +356,25 @@ class GAC:
             penalty=penalty.of(real_gradient, fake_gradient) if penalty else None,
         )
 
+    def _check_first_step(
+        self, real: Tensor, fake: Tensor, real_logits: Heads, fake_logits: Heads, conditions: Conditions
+    ) -> None:
+        """Before anything has moved: what would spoil the run, and what the schedule cannot serve."""
+        require_finite(
+            {
+                "real samples": real,
+                "generated samples": fake,
+                "discriminator's logits of the real samples": _all_logits(real_logits),
+                "discriminator's logits of the generated samples": _all_logits(fake_logits),
+            }
+        )
+        if self.schedule == "fused":
+            require_one_logit_each(fake_logits, fake.shape[0])
+            require_range(fake_logits[0].dtype)
+            require_independent_samples(self._logits, real, fake, conditions)
+
     def _covector(
-        self, fake: Tensor, real: Tensor | None, conditions: Mapping[str, Any], reduce: Callable[[Tensor], Tensor]
+        self, fake: Tensor, real: Tensor | None, conditions: Conditions, reduce: Callable[[Tensor], Tensor]
     ) -> tuple[Tensor, Tensor]:
         """The covector of the generator's reduced loss at the samples, D frozen, and that loss."""
         if self._paired:
@@ -328,23 +383,24 @@ class GAC:
             require_alike(real, fake)
         with frozen(self.discriminator, sharded=self._sharded_d):
             with torch.no_grad():
-                real_logits = self._logits(real, conditions) if self._paired and real is not None else None
+                real_logits = self._logits.heads(real, conditions) if self._paired and real is not None else None
 
             def objective(samples: Tensor) -> Tensor:
-                fake_logits = self._logits(samples, conditions)
-                values = self._objective(fake_logits if real_logits is None else real_logits, fake_logits)
-                return self._spread(reduce(values))
+                fake_logits = self._logits.heads(samples, conditions)
+                beside = fake_logits if real_logits is None else real_logits
+                return self._spread(_mean_over_heads(self._objective, beside, fake_logits, reduce))
 
             return cotangent(objective, fake, getattr(self.accelerator, "scaler", None))
 
-    def _pull_back(self, fake: Tensor, real: Tensor | None, conditions: Mapping[str, Any]) -> Tensor:
+    def _pull_back(self, fake: Tensor, real: Tensor | None, conditions: Conditions) -> Tensor:
         """Add one batch's gradient to the generator's; returns the mean loss."""
         covector, loss = self._covector(fake, real, conditions, torch.mean)
         self._update_g.begin()
         pullback(fake, covector, self.accelerator)
         return loss
 
-    def _update_discriminator(self, loss: Tensor) -> Stats:
+    def _update_discriminator(self, loss: Tensor, penalty: Tensor | None) -> Stats:
+        loss = self._spread(loss if penalty is None else loss + penalty)
         self._update_d.begin()
         if self.accelerator is None:
             loss.backward()
@@ -366,6 +422,22 @@ class GAC:
         stats = {} if norm is None else {"norm_g": norm}
         beta = getattr(plain(self.generator_optimizer), "beta", None)
         return stats if beta is None else stats | {"beta": beta}
+
+
+def _mean_over_heads(
+    objective: Objective, real: Heads, fake: Heads, reduce: Callable[[Tensor], Tensor] = torch.mean
+) -> Tensor:
+    # (1/H) sum_h reduce(objective(l_r, l_f) of head h)
+    return _mean([reduce(objective(r, f)) for r, f in zip(real, fake, strict=True)])
+
+
+def _mean(values: list[Tensor]) -> Tensor:
+    return values[0] if len(values) == 1 else torch.stack(values).mean()
+
+
+def _all_logits(heads: Heads) -> Tensor:
+    """One head's logits as they are, those of several side by side, shape (B, n)."""
+    return heads[0] if len(heads) == 1 else torch.cat([head.reshape(head.shape[0], -1) for head in heads], dim=1)
 
 
 def _unchanged(loss: Tensor) -> Tensor:

@@ -63,12 +63,70 @@ def test_an_unknown_output_is_refused_with_the_choices():
         Logits(Answers(VALUES), output="probabilities")
 
 
-def test_an_answer_in_parts_asks_for_a_selector():
-    with pytest.raises(UsageError, match=r"returned a tuple.*logits=lambda"):
-        Logits(Answers((VALUES, None)))(SAMPLES, {})
+MAP = torch.arange(12.0, dtype=torch.float64).reshape(3, 1, 2, 2)
+NUMBERS = torch.tensor([4.0, 5.0, 6.0], dtype=torch.float64)
 
 
-@pytest.mark.parametrize("answer", [torch.zeros(()), torch.zeros(2, 1)], ids=["scalar", "other batch"])
+@pytest.mark.parametrize(
+    ("answer", "select"),
+    [
+        ([VALUES, MAP, NUMBERS], None),
+        ((VALUES, MAP, NUMBERS), list),
+        ((VALUES, MAP, NUMBERS, None), lambda out: out[:3]),
+        ([[VALUES], [None, MAP], [NUMBERS]], lambda out: [scale[-1] for scale in out]),
+        ({"b": MAP, "a": VALUES, "c": NUMBERS}, lambda out: [out["a"], out["b"], out["c"]]),
+    ],
+    ids=["list", "tuple", "part of a tuple", "lists of features", "dict"],
+)
+def test_several_heads_are_found_and_their_mean_is_a_samples_logit(answer, select):
+    judge = Logits(Answers(answer), select=select)
+    heads = judge.heads(SAMPLES, {})
+    assert all(head is part for head, part in zip(heads, (VALUES, MAP, NUMBERS), strict=True))
+    expected = [(-2.0 + 1.5 + 4.0) / 3, (0.5 + 5.5 + 5.0) / 3, (3.0 + 9.5 + 6.0) / 3]
+    torch.testing.assert_close(judge(SAMPLES, {}), torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=0)
+
+
+def test_probabilities_of_several_heads_become_logits():
+    heads = Logits(Answers([VALUES.sigmoid(), MAP.sigmoid()]), output="probability").heads(SAMPLES, {})
+    for head, expected in zip(heads, (VALUES, MAP), strict=True):
+        torch.testing.assert_close(head, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        (VALUES, None),
+        (VALUES, VALUES),
+        [VALUES, torch.zeros(3, 8, 2, 2)],
+        [VALUES, torch.zeros(3, 1, dtype=torch.int64)],
+        [[VALUES], [MAP]],
+        [VALUES, torch.zeros(())],
+        [],
+        {"logits": VALUES},
+        None,
+    ],
+    ids=["parts", "tuple", "features", "integers", "lists", "scalar", "empty", "dict", "none"],
+)
+def test_an_answer_that_may_be_more_than_logits_asks_for_a_selector(answer):
+    with pytest.raises(UsageError, match=rf"returned a {type(answer).__name__}.*logits=lambda.*logits=list"):
+        Logits(Answers(answer))(SAMPLES, {})
+
+
+@pytest.mark.parametrize(
+    ("select", "kinds"),
+    [(lambda out: out, "dict"), (lambda out: [out["a"], "a"], "Tensor, str"), (lambda out: (), "nothing")],
+    ids=["dict", "mixed", "nothing"],
+)
+def test_a_selector_must_pick_tensors(select, kinds):
+    with pytest.raises(UsageError, match=f"logits= picked {kinds} out of .*one tensor for each head"):
+        Logits(Answers({"a": VALUES}), select=select)(SAMPLES, {})
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [torch.zeros(()), torch.zeros(2, 1), [torch.zeros(3, 1), torch.zeros(6, 1)]],
+    ids=["scalar", "other batch", "other batch in a head"],
+)
 def test_an_answer_without_the_batch_is_refused_with_its_shape(answer):
     with pytest.raises(UsageError, match=r"have shape \(.*\) for 3 samples"):
         Logits(Answers(answer))(SAMPLES, {})
@@ -87,12 +145,25 @@ def test_a_callable_is_asked_for_the_batch_size():
     assert latent_sampler(lambda batch: ["z"] * batch, nn.Identity())(SAMPLES) == ["z"] * 3
 
 
+def test_what_a_callable_draws_comes_to_the_batch():
+    """Floating-point tensors take its type and device, wherever they stand; whole numbers keep their type."""
+    ids, noise, real = torch.arange(3), torch.zeros(3, 2, dtype=torch.float64), torch.zeros(3, 2, device="meta")
+    z = latent_sampler(lambda batch: {"noise": (noise, [noise.half()]), "ids": ids, "text": "a"}, nn.Identity())(real)
+    assert z["text"] == "a"
+    kinds = [(each.device.type, each.dtype) for each in (z["noise"][0], z["noise"][1][0], z["ids"])]
+    assert kinds == [("meta", torch.float32), ("meta", torch.float32), ("meta", torch.int64)]
+    assert latent_sampler(lambda batch: noise, nn.Identity())(VALUES) is noise
+
+
 def test_the_generators_own_nz_is_used_where_no_latent_is_given():
     generator = nn.Identity()
     assert latent_sampler(None, generator) is None
     generator.nz = 6
     assert latent_sampler(None, generator)(SAMPLES).shape == (3, 6)
     assert latent_sampler(2, generator)(SAMPLES).shape == (3, 2)
+    wrapper = nn.Module()
+    wrapper.module = generator  # as DistributedDataParallel calls it
+    assert latent_sampler(None, wrapper)(SAMPLES).shape == (3, 6)
 
 
 @pytest.mark.parametrize("bias", [-80.0, -20.0, 0.0, 20.0, 80.0])

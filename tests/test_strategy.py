@@ -525,6 +525,15 @@ def test_samples_of_different_shape_are_refused_with_both(schedule, networks, ba
 
 
 @both_schedules
+def test_samples_among_other_things_are_refused(schedule, networks, batch):
+    with pytest.raises(UsageError, match=r"step was given a list, not a tensor of samples; pick .* for example \[0\]"):
+        gac_of(*networks, schedule=schedule, latent=3).step([batch[0], None])
+    networks[0].register_forward_hook(lambda module, args, out: (out, None))
+    with pytest.raises(UsageError, match="the generator returned a tuple, not a tensor of samples"):
+        gac_of(*networks, schedule=schedule).step(*batch)
+
+
+@both_schedules
 @pytest.mark.parametrize(("where", "bad"), [(0, "2 of 36 values in the real"), (1, "6 of 36 values in the generated")])
 def test_values_that_are_not_finite_stop_the_first_step(where, bad, schedule, networks, batch):
     batch[where].view(-1)[:2] = torch.tensor([math.nan, math.inf])
