@@ -243,7 +243,7 @@ def test_a_networks_own_condition_comes_before_the_common_one_of_the_same_name()
     same_networks(bodies, twins)
 
 
-class Translator(nn.Module):
+class Comparison(nn.Module):
     """pix2pix's D: the samples beside the picture that they are made from."""
 
     def __init__(self):
@@ -256,7 +256,7 @@ class Translator(nn.Module):
 
 def test_a_picture_may_be_what_the_generator_starts_from_and_what_the_discriminator_compares_with():
     generator = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.Tanh(), nn.Conv2d(4, 1, 1)).double()
-    discriminator, (source, target) = Translator(), randn(2, BATCH, 1, 5, 5)
+    discriminator, (source, target) = Comparison(), randn(2, BATCH, 1, 5, 5)
     maker, judge = copy.deepcopy(generator), copy.deepcopy(discriminator)
     gac_of(generator, discriminator).step(target, source, discriminator_conditions={"source": source})
     fake = maker(source)
