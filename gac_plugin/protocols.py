@@ -1,9 +1,6 @@
 """What GAC asks of foreign objects: networks, latents, and the packages that adapters wrap."""
 
-from collections.abc import Callable, Mapping, Sequence
-
-
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol

@@ -1,11 +1,11 @@
 """Fixed seeds, and tiny float64 networks whose Jacobians can be written out."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from torch import nn
+from torch import distributed, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 torch.set_num_threads(1)
@@ -44,6 +44,14 @@ def tiny_discriminator() -> Callable[..., nn.Module]:
 def latents() -> Callable[[int], torch.Tensor]:
     """Batch size -> float64 latents for the tiny generator."""
     return lambda batch: torch.randn(batch, LATENT, dtype=torch.float64)
+
+
+@pytest.fixture
+def alone() -> Iterator[None]:
+    """A process group of one, for what DDP needs."""
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
 
 
 class HostReads(TorchDispatchMode):

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate.utils import DistributedType
-from torch import distributed, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gac_plugin import GAC, ConjugateGradient
@@ -43,14 +43,6 @@ def test_logits_with_range_enough_are_accepted(dtype):
 def test_half_precision_logits_are_refused():
     with pytest.raises(UsageError, match=r"the logits are float16; use mixed precision bf16, or schedule='fresh'"):
         require_range(torch.float16)
-
-
-@pytest.fixture
-def alone():
-    """A process group of one, for what DDP needs."""
-    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
-    yield
-    distributed.destroy_process_group()
 
 
 @pytest.fixture

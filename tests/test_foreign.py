@@ -7,7 +7,7 @@ import timm.optim
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from torch import distributed, nn
+from torch import nn
 from torch.func import functional_call, grad, vmap
 from torch.nn.functional import softplus
 from torch.nn.parallel import DistributedDataParallel
@@ -48,14 +48,6 @@ def close(actual, expected, rtol=1e-9):
 def fresh_accelerate():
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
-
-
-@pytest.fixture
-def alone():
-    """A process group of one, for what DDP needs."""
-    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
-    yield
-    distributed.destroy_process_group()
 
 
 # Several discriminators
