@@ -186,7 +186,7 @@ def _read_pickle(path: Path) -> Any:
 def _read_safetensors(path: Path) -> Any:
     with safe_open(path, framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        return unpack(json.loads(file.metadata()["checkpoint"]), tensors)
+        return unpack(json.loads((file.metadata() or {}).get("checkpoint", "{}")), tensors)
 
 
 def _write_safetensors(path: Path, state: Mapping[str, Any]) -> None:
@@ -254,7 +254,7 @@ class _Network(nn.Module):
             self.load_state_dict(state["model_state_dict"])
             if optimizer is not None:
                 optimizer.load_state_dict(state["optimizer_state_dict"])
-        except (RuntimeError, ValueError, TypeError) as error:
+        except (RuntimeError, ValueError, TypeError, KeyError) as error:
             reason = str(error).strip().splitlines()[-1].strip()
             raise UsageError(f"the checkpoint {ckpt_file} does not fit: {reason}") from error
         return state["global_step"]

@@ -13,6 +13,7 @@ from pathlib import Path
 import mimicry_interop
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -269,6 +270,7 @@ def package_checkpoint(path, optimizer=True):
         "optimizer_state_dict": adam.state_dict() if optimizer else None,
         "global_step": 100000,
     }
+    state["model_state_dict"]["tied"] = state["model_state_dict"]["1.weight"]
     torch.save(state, path)
     return state
 
@@ -337,9 +339,12 @@ def test_a_file_that_is_no_checkpoint_is_told_in_one_line(tmp_path, suffix, spoi
 
 
 def test_weights_alone_and_weights_of_another_network_are_refused(tmp_path):
-    torch.save(nn.Linear(2, 3).state_dict(), tmp_path / "weights.pth")
-    with pytest.raises(UsageError, match="lacks model_state_dict, optimizer_state_dict, global_step"):
-        read_checkpoint(tmp_path / "weights.pth")
+    weights = nn.Linear(2, 3).state_dict()
+    torch.save(weights, tmp_path / "weights.pth")
+    save_file(weights, tmp_path / "weights.safetensors")
+    for name in ("weights.pth", "weights.safetensors"):
+        with pytest.raises(UsageError, match="lacks model_state_dict, optimizer_state_dict, global_step"):
+            read_checkpoint(tmp_path / name)
     package_checkpoint(tmp_path / "other.pth")
     generator, _ = pair()
     with pytest.raises(UsageError, match=r"other\.pth does not fit") as caught:
@@ -386,6 +391,29 @@ def test_a_label_changes_the_sample_and_the_logit_and_the_rest_of_the_batch_does
     assert not torch.allclose(samples, generator(z, ones))
     assert not torch.allclose(discriminator(samples, labels=zeros), discriminator(samples, labels=ones))
     torch.testing.assert_close(generator(z[:1], labels=zeros[:1]), samples[:1])
+
+
+def test_the_logit_is_linear_in_the_features_plus_their_product_with_the_class_s_embedding():
+    _, discriminator = pair(classes=3)
+    features = []
+    discriminator.logit.register_forward_pre_hook(lambda _, args: features.extend(args))
+    discriminator.eval()
+    real, labels = batch(3)
+    logits = discriminator(real, labels=labels)
+    (phi,) = features
+    weight, bias, embedding = discriminator.logit.weight, discriminator.logit.bias, discriminator.projection.weight
+    expected = torch.stack([weight[0] @ phi[i] + bias[0] + embedding[labels[i]] @ phi[i] for i in range(BATCH)])
+    torch.testing.assert_close(logits[:, 0], expected, rtol=1e-12, atol=1e-12)
+
+
+def test_every_weight_of_the_discriminator_has_spectral_norm_one():
+    _, discriminator = pair(classes=3)
+    for _ in range(50):
+        discriminator(*batch(3))
+    weights = [module.weight for module in discriminator.modules() if hasattr(module, "parametrizations")]
+    assert len(weights) == 1 + 3 * 2 + 2
+    norms = torch.stack([torch.linalg.matrix_norm(weight.flatten(1), 2) for weight in weights])
+    torch.testing.assert_close(norms, torch.ones(len(weights)), rtol=0, atol=0.02)
 
 
 def test_a_class_can_be_asked_for_and_is_drawn_otherwise():
