@@ -1,4 +1,4 @@
-"""What works together with the real torch-mimicry, as a program of its own: one line of JSON for each case that passed.
+"""What works together with the real torch-mimicry, as a program of its own: a line of JSON for each case, as it ends.
 
 `python tests/mimicry_interop.py FOLDER`, with the package installed, with or without what it depends on.
 """
@@ -54,22 +54,16 @@ def import_package() -> ModuleType:
     return import_module("torch_mimicry")
 
 
-def networks(name: str) -> tuple[type[nn.Module], nn.Module, nn.Module]:
-    """A class with GAC's generator step, a textbook generator, and their discriminator, small and in float64."""
+def networks(name: str) -> tuple[nn.Module, nn.Module, nn.Module]:
+    """A generator with GAC's step, the package's own with the same weights, and their discriminator; all small."""
     folder, options = SMALL[name]
     module = import_module(f"torch_mimicry.nets.{folder}.{folder}_32")
-    generator = getattr(module, f"{name}Generator32")
-    with_gac = type(f"{name}WithGAC", (GACGenerator, generator), {})
+    kind = getattr(module, f"{name}Generator32")
     torch.manual_seed(0)
-    discriminator = getattr(module, f"{name}Discriminator32")(ndf=16, **options)
-    return with_gac, generator(nz=8, ngf=16, **options), discriminator
-
-
-def with_gac_from(name: str) -> tuple[nn.Module, nn.Module, nn.Module]:
-    with_gac, plain, discriminator = networks(name)
-    generator = with_gac(nz=8, ngf=16, **SMALL[name][1])
+    plain = kind(nz=8, ngf=16, **options)
+    generator = type(f"{name}WithGAC", (GACGenerator, kind), {})(nz=8, ngf=16, **options)
     generator.load_state_dict(plain.state_dict())
-    return generator, plain, discriminator
+    return generator, plain, getattr(module, f"{name}Discriminator32")(ndf=16, **options)
 
 
 def real_batch(size: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
@@ -80,9 +74,9 @@ def sgd(network: nn.Module, lr: float) -> torch.optim.Optimizer:
     return torch.optim.SGD(network.parameters(), lr)
 
 
-def test_gradient(mmc: ModuleType, name: str, folder: Path) -> None:
+def check_gradient(mmc: ModuleType, name: str, folder: Path) -> None:
     """GAC's gradient is that of the package's own step at the samples that D has just seen."""
-    generator, plain, discriminator = with_gac_from(name)
+    generator, plain, discriminator = networks(name)
     log = mmc.training.metric_log.MetricLog()
     batch = real_batch()
     torch.manual_seed(1)
@@ -127,26 +121,26 @@ def finite_and_moved(network: nn.Module, before: dict[str, torch.Tensor]) -> boo
     return any(not torch.equal(state[key], before[key]) for key in before)
 
 
-def test_trainer(mmc: ModuleType, name: str, folder: Path) -> None:
+def check_trainer(mmc: ModuleType, name: str, folder: Path) -> None:
     """The unmodified Trainer trains, saves, and goes on from what it saved; the checkpoint converts."""
-    generator, _, discriminator = with_gac_from(name)
+    generator, _, discriminator = networks(name)
     before = deepcopy(generator.state_dict())
     trainer(mmc, generator, discriminator, folder, 2).train()
     assert finite_and_moved(generator, before)
     saved = folder / "checkpoints" / "netG" / "netG_2_steps.pth"
     converted = read_checkpoint(convert_checkpoint(saved, folder))
     assert converted["global_step"] == 2
-    fresh, _, fresh_discriminator = with_gac_from(name)
+    fresh, _, fresh_discriminator = networks(name)
     fresh.load_state_dict(converted["model_state_dict"])
     assert all(torch.equal(value, generator.state_dict()[key]) for key, value in fresh.state_dict().items())
-    again, _, _ = with_gac_from(name)
+    again, _, _ = networks(name)
     (folder / "params.json").unlink()  # it refuses another num_steps
     trainer(mmc, again, fresh_discriminator, folder, 3).train()
     assert finite_and_moved(again, generator.state_dict())
     assert (folder / "checkpoints" / "netG" / "netG_3_steps.pth").is_file()
 
 
-def test_loop(mmc: ModuleType, name: str, folder: Path) -> None:
+def check_loop(mmc: ModuleType, name: str, folder: Path) -> None:
     """The package's own networks in a loop of one's own."""
     _, generator, discriminator = networks(name)
     before = deepcopy(generator.state_dict())
@@ -166,7 +160,7 @@ def test_loop(mmc: ModuleType, name: str, folder: Path) -> None:
     assert finite_and_moved(generator, before)
 
 
-def test_ours(mmc: ModuleType, classes: int, folder: Path) -> None:
+def check_ours(mmc: ModuleType, classes: int, folder: Path) -> None:
     """Our networks under the unmodified Trainer, which resumes them bit for bit."""
 
     def pair() -> tuple[nn.Module, nn.Module]:
@@ -190,16 +184,16 @@ def main(folder: Path) -> None:
     mmc = import_package()
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
-    cases = [(test, name) for name in SMALL for test in (test_gradient, test_trainer, test_loop)]
-    for index, (test, case) in enumerate([*cases, (test_ours, 0), (test_ours, 3)]):
+    cases = [(check, name) for name in SMALL for check in (check_gradient, check_trainer, check_loop)]
+    for index, (check, case) in enumerate([*cases, (check_ours, 0), (check_ours, 3)]):
         place = folder / str(index)
         place.mkdir(parents=True)
         try:
-            test(mmc, case, place)
+            check(mmc, case, place)
             error = None
         except Exception as caught:
             error = f"{type(caught).__name__}: {caught}"
-        print("\n" + json.dumps({"case": f"{test.__name__[5:]}-{case}", "error": error}), flush=True)  # noqa: T201
+        print("\n" + json.dumps({"case": f"{check.__name__[6:]}-{case}", "error": error}), flush=True)  # noqa: T201
 
 
 if __name__ == "__main__":
