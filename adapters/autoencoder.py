@@ -6,8 +6,8 @@
 | `VAEGAN` | the decoder, code -> x | x | Larsen et al. 2016 |
 
 A step is two: the autoencoder's own, down the reconstruction error, and `gac.step`. Whatever GAC was built with (loss,
-score, penalty, schedule, optimizers) holds here too. Neither class has a state of its own: save your networks, your
-optimizers and `gac.state_dict()`.
+score, penalty, schedule, optimizers) holds here too; its `max_norm` and `skip_nonfinite` concern its own half alone.
+Neither class has a state of its own: save your networks, your optimizers and `gac.state_dict()`.
 """
 
 from collections.abc import Callable
@@ -74,7 +74,7 @@ class _Autoencoder:
     ) -> None:
         draw = latent_sampler(prior, decoder)
         if draw is None:
-            raise UsageError("the shape of a code is not known; pass prior=..., for example prior=16")
+            raise UsageError("the shape of a code is not known; pass its size, or give the decoder an attribute nz")
         if optimizer is gac.generator_optimizer:
             raise UsageError(
                 "one optimizer serves both the reconstruction and GAC's generator, which mixes their moments; make two"
