@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
-from gac_plugin.errors import UsageError
+from gac_plugin.errors import UsageError, resolve
 from gac_plugin.protocols import Adapter
 from gac_plugin.training.files import write_grid, write_whole
 
@@ -69,9 +69,8 @@ class TextGenerator(nn.Module):
         width: channels of the hidden layers.
         depth: number of hidden convolutions.
         output: not used, letters are 0 or 1.
-        classes: number of classes; 0 for a generator without labels.
+        classes: number of class labels that go in beside the latents; 0 for none.
         noise, temperature: of `straight_through`; the noise is there in training mode alone.
-        length: not used, an option of the codec that `sample_shape` has followed already.
 
     Raises:
         UsageError: the samples are no text, the noise is negative, or the temperature not above 0.
@@ -87,7 +86,6 @@ class TextGenerator(nn.Module):
         classes: int = 0,
         noise: float = 0.0,
         temperature: float = 1.0,
-        length: int | None = None,
     ) -> None:
         super().__init__()
         if not 0 <= noise < math.inf:
@@ -96,20 +94,20 @@ class TextGenerator(nn.Module):
             raise UsageError(f"the temperature of the text generator must be a number above 0, got {temperature}")
         positions, letters = _positions_and_letters(sample_shape)
         self.nz, self.noise, self.temperature = latent_size, noise, temperature
-        self.classes = classes
-        size = latent_size + classes
+        self.classes = nn.Embedding(classes, latent_size) if classes else None
+        size = 2 * latent_size if classes else latent_size
         self.first = nn.Sequential(
             nn.Linear(size, width * positions), nn.Unflatten(1, (width, positions)), nn.LeakyReLU(0.2)
         )
         self.layers = nn.Sequential(*_convolutions([width] * (depth + 1)), nn.Conv1d(width, letters, 1))
         direct = nn.Linear(size, letters * positions, bias=False)
-        nn.init.normal_(direct.weight, std=GUMBEL_SPREAD / math.sqrt(latent_size))
+        nn.init.normal_(direct.weight, std=GUMBEL_SPREAD / math.sqrt(size))
         self.direct = nn.Sequential(direct, nn.Unflatten(1, (letters, positions)))
 
     def forward(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Latents (B, latent_size), labels int64 (B,) where there are classes -> one-hot letters (B, L, V)."""
-        if labels is not None:
-            z = torch.cat([z, one_hot(labels, self.classes).to(z.dtype)], dim=1)
+        """Latents (B, latent_size), and labels (B,) where there are classes -> one-hot letters (B, L, V)."""
+        if self.classes is not None:
+            z = torch.cat([z, self.classes(labels)], dim=1)
         logits = self.layers(self.first(z)) + self.direct(z)
         return straight_through(logits.transpose(1, 2), self.noise if self.training else 0.0, self.temperature)
 
@@ -117,8 +115,8 @@ class TextGenerator(nn.Module):
 class TextDiscriminator(nn.Module):
     """one-hot letters -> `depth` convolutions over positions with LeakyReLU 0.2 -> one logit.
 
-    The first convolution is linear in the letters: it embeds them. With classes the logit is that of a projection
-    discriminator, <a, h> + <e_y, h> (Miyato & Koyama 2018). The arguments are those of the generator.
+    The first convolution is linear in the letters: it embeds them. With classes the logit has a term for each,
+    <e_y, h> of the last layer h (projection, Miyato & Koyama 2018). The arguments are those of the generator.
     """
 
     def __init__(
@@ -131,21 +129,21 @@ class TextDiscriminator(nn.Module):
         classes: int = 0,
         noise: float = 0.0,
         temperature: float = 1.0,
-        length: int | None = None,
     ) -> None:
         super().__init__()
         positions, letters = _positions_and_letters(sample_shape)
         self.layers = nn.Sequential(*_convolutions([letters] + [width] * depth), nn.Flatten())
         self.logit = nn.Linear(width * positions, 1)
         self.classes = nn.Embedding(classes, width * positions) if classes else None
+        if self.classes is not None:
+            nn.init.zeros_(self.classes.weight)
 
     def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
-        """One-hot letters (B, L, V), labels int64 (B,) where there are classes -> logits (B, 1)."""
+        """One-hot letters (B, L, V), and labels (B,) where there are classes -> logits (B, 1)."""
         hidden = self.layers(x.transpose(1, 2))
-        logit = self.logit(hidden)
         if self.classes is None:
-            return logit
-        return logit + (self.classes(labels) * hidden).sum(dim=1, keepdim=True)
+            return self.logit(hidden)
+        return self.logit(hidden) + (self.classes(labels) * hidden).sum(dim=1, keepdim=True)
 
 
 def _positions_and_letters(sample_shape: Sequence[int]) -> tuple[int, int]:
@@ -280,12 +278,17 @@ def fit(cells: Iterable[Any], options: Mapping[str, Any]) -> TextCodec:
 
     Raises:
         UsageError: see `read_text`; there is no text, one is longer than `LONGEST` letters and no length is given, the
-            length is not a whole number above 0, or there are more than 255 letters.
+            length is not a whole number above 0, there are more than 255 letters, or an option is unknown.
     """
+    for name in options:
+        resolve(name, {"length": None}, "option of the adapter 'text'")
     letters: set[str] = set()
     longest = 0
-    for cell in cells:
-        text = read_text(cell)
+    for row, cell in enumerate(cells):
+        try:
+            text = read_text(cell)
+        except UsageError as error:
+            raise UsageError(f"row {row} of the training split: {error}") from error
         letters |= set(text)
         longest = max(longest, len(text))
     if not longest:

@@ -140,6 +140,7 @@ def test_a_step_of_each_network_moves_that_network_alone(schedule, classes):
 
 def test_labels_reach_both_networks():
     generator, discriminator = TextGenerator(**arguments(classes=2)), TextDiscriminator(**arguments(classes=2))
+    torch.nn.init.normal_(discriminator.classes.weight)
     z, zeros = torch.randn(40, 5), torch.zeros(40, dtype=torch.int64)
     assert not torch.equal(generator(z, labels=zeros), generator(z, labels=zeros + 1))
     x = generator(z, labels=zeros)
@@ -250,6 +251,8 @@ def test_a_letter_that_training_did_not_have_is_refused(codec):
         (NAMES, {"length": 0}, r"length must be a whole number above 0, got 0"),
         (NAMES, {"length": "four"}, r"length must be a whole number above 0, got 'four'"),
         (NAMES, {"length": True}, r"length must be a whole number above 0, got True"),
+        (NAMES, {"lenght": 3}, r"unknown option of the adapter 'text' 'lenght' \(did you mean 'length'\?\)"),
+        ([*NAMES, None], {}, r"^row 3 of the training split: the cell holds None"),
         (["".join(map(chr, range(0x4E00, 0x4E80))), "".join(map(chr, range(0x4E80, 0x4F00)))], {}, r"256 different"),
     ],
 )
