@@ -52,7 +52,7 @@ def straight_through(logits: Tensor, noise: float = 0.0, temperature: float = 1.
     if noise:
         logits = logits - noise * torch.empty_like(logits).exponential_().log()
     soft = (logits / temperature).softmax(-1)
-    hard = one_hot(soft.argmax(-1), soft.shape[-1]).to(soft.dtype)
+    hard = torch.zeros_like(soft).scatter(-1, soft.argmax(-1, keepdim=True), 1.0)
     return hard + (soft - soft.detach())  # the bracket is exactly 0
 
 

@@ -60,6 +60,13 @@ def test_letters_are_exactly_one_hot(dtype):
     assert torch.equal(letters.argmax(-1), logits.argmax(-1))
 
 
+def test_letters_are_chosen_without_a_read_on_the_host(host_reads):
+    generator, z = TextGenerator(**arguments(noise=1.0)), torch.randn(3, 5)
+    with host_reads() as reads:
+        generator(z)
+    assert reads.seen == []
+
+
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
 @pytest.mark.parametrize("noise", [0.0, 1.0])
 def test_the_gradient_is_that_of_the_softmax(noise, temperature):
