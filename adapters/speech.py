@@ -41,7 +41,7 @@ PEAK = 0.9
 STEP = 1024
 """The default length is a multiple of it, so that the networks can halve it."""
 SIDE, FRAME, RANGE = 64, 0.032, 70
-"""Height and width of a picture; seconds in a frame of its spectrogram; decibels from black to white."""
+"""Height and width of a picture; seconds, about, in a frame of its spectrogram; decibels from black to white."""
 GAP = 0.1
 """Seconds of silence after each clip in a sound file."""
 UNKNOWN_SIZE = 0x7FFF0000
@@ -51,10 +51,11 @@ UNKNOWN_SIZE = 0x7FFF0000
 class SpeechGenerator(nn.Module):
     """latent, label -> coarse frames -> `depth` times four times as many -> loudness and phase of bands -> samples.
 
-        x[n] = tanh sum_m w[n - m HOP] sum_k a[k, m] cos(2 pi k n / WINDOW + pi p[k, m]),  0 < a < 1
+        x[n] = tanh sum_m w[n - m HOP] sum_k sigmoid(a[k, m] + QUIET) cos(2 pi k n / WINDOW + pi p[k, m])
 
-    where w is a Hann window of length WINDOW. The carriers of the bands run on from frame to frame, so that frames that
-    do not change make steady tones: the convolutions describe slow changes and never have to oscillate.
+    where w is half a Hann window of length WINDOW, and a, p are what the convolutions make. The carriers of the bands
+    run on from frame to frame, so that frames that do not change make steady tones: the convolutions describe slow
+    changes and never have to oscillate.
 
     Args:
         sample_shape: (1, T), T divisible by 64 * 4^depth.
@@ -252,7 +253,7 @@ class SpeechCodec:
         clip = self._fitted(samples)
         if not clip.any():
             raise UsageError(f"the clip is silent, all its {len(samples)} samples are 0; remove the row")
-        return self.to_stored(clip * (PEAK / clip.abs().max()))[None]
+        return self.to_stored(clip / clip.abs().max() * PEAK)[None]
 
     def to_samples(self, stored: Tensor) -> Tensor:
         """int16 (B, 1, T) -> float32 (B, 1, T) in [-1, 1)."""
@@ -268,7 +269,7 @@ class SpeechCodec:
         Low frequencies are at the bottom, half the sample rate at the top. A step of grey is a step in decibels, white
         the loudest possible tone, black what lies `RANGE` dB below or deeper.
         """
-        frame = 2 ** round(math.log2(FRAME * self.sample_rate))
+        frame = 2 ** max(7, round(math.log2(FRAME * self.sample_rate)))
         window = torch.hann_window(frame, device=stored.device)
         power = spectrogram(self.to_samples(stored)[:, 0], window, max(1, self.length // SIDE))
         # without the constant part, bin 0, and the last frame, which is around the clip's end
@@ -342,7 +343,7 @@ def load_codec(values: Mapping[str, Any]) -> SpeechCodec:
 
 
 def _whole(name: str, value: Any) -> int:
-    if not isinstance(value, int) or value < 1:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise UsageError(f"{name} must be a whole number above 0, got {value!r}")
     return value
 

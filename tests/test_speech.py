@@ -65,6 +65,11 @@ def test_every_stored_value_comes_back_from_its_sample():
     assert torch.equal(CODEC.to_stored(samples), stored)
 
 
+def test_the_faintest_clip_becomes_as_loud_as_any():
+    faint = CODEC.encode(cell(1e-40 * np.ones(LENGTH), subtype="DOUBLE"))
+    assert torch.equal(faint, torch.full((1, LENGTH), round(0.9 * 2**15), dtype=torch.int16))
+
+
 def test_generated_samples_at_the_edge_of_the_range_do_not_wrap_around():
     assert CODEC.to_stored(torch.tensor([-1.5, -1.0, 1.0, 1.5])).tolist() == [-32768, -32768, 32767, 32767]
 
@@ -154,6 +159,7 @@ def test_options_take_the_place_of_what_the_clips_say():
         ([cell(tone(300)), {"bytes": b"seven"}], {}, "row 1: not a sound file"),
         ([cell(tone(300)), None], {}, "row 1: there is no audio"),
         ([], {"length": 0}, "length must be a whole number above 0, got 0"),
+        ([], {"length": True}, "length must be a whole number above 0, got True"),
         ([], {"sample_rate": 8000.5}, "sample_rate must be a whole number above 0, got 8000.5"),
     ],
 )
@@ -189,7 +195,7 @@ def test_a_tone_is_a_line_at_its_frequency(frequency):
     assert (31.25 * (2 * column.argmax() + 1.5) - frequency).abs() <= 31.25
 
 
-@pytest.mark.parametrize(("rate", "length"), [(8000, 1024), (16000, 9000), (2000, 63), (44100, 50)])
+@pytest.mark.parametrize(("rate", "length"), [(8000, 1024), (16000, 9000), (20, 63), (44100, 50)])
 def test_pictures_have_one_size_whatever_the_clips(rate, length):
     stored = torch.randint(-(2**15), 2**15, (2, 1, length)).to(torch.int16)
     assert SpeechCodec(rate, length).pictures(stored).shape == (2, 1, 64, 64)
