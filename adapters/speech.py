@@ -29,8 +29,8 @@ HOP = WINDOW // 4
 """Samples from one frame to the next."""
 BANDS = WINDOW // 2 + 1
 """Frequencies in a frame, from 0 to half the sample rate."""
-QUIET = -4.0
-"""Around this lies the loudness of a band before its sigmoid: 35 dB below the loudest possible tone."""
+QUIET = -6.0
+"""Around this lies the loudness of a band before its sigmoid: 52 dB below the loudest possible tone."""
 FLOOR = 0.005
 """Amplitude below which the discriminator tells nothing apart: 46 dB below the loudest possible tone."""
 FEATURES = 128
@@ -187,7 +187,7 @@ def spectrogram(x: Tensor, window: Tensor, hop: int) -> Tensor:
         sample m hop.
     """
     spectrum = torch.stft(x, len(window), hop, window=window, pad_mode="constant", return_complex=True)
-    # a tone of amplitude 1 gives sum(window) / 2. The real parts are squared one by one: |.|^2 has no gradient at 0
+    # a tone of amplitude 1 gives sum(window) / 2
     return torch.view_as_real(spectrum).square().sum(-1) / (window.sum() / 2) ** 2
 
 
