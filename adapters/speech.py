@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d, conv_transpose1d, pad
 
 from gac_plugin.errors import UsageError
-from gac_plugin.protocols import Adapter
+from gac_plugin.protocols import Adapter, Medium
 from gac_plugin.training.files import write_grid, write_whole
 
 WINDOW = 256
@@ -409,5 +409,10 @@ def _soundfile() -> ModuleType:
 
 
 adapter = Adapter(
-    "speech", SpeechGenerator, SpeechDiscriminator, "one-dimensional convolutions for short clips of an audio column"
+    "speech",
+    SpeechGenerator,
+    SpeechDiscriminator,
+    "one-dimensional convolutions for short clips of an audio column",
+    medium=Medium("Audio", fit_codec, load_codec, options=("sample_rate", "length")),
+    width=32,
 )
