@@ -3,12 +3,13 @@
     python benchmarks/autoencoders.py --data FOLDER        writes results/autoencoders.json and plots/autoencoders.png
 
 All have the same decoder, the same encoder up to its last layer, the same rate of reconstruction and the same number of
-steps. A step of VAE-GAN costs about two and a half of the VAE's, so a VAE with as many more steps stands beside it. Five
-seeds each; every method's networks are running averages, as GANs are usually sampled.
+steps. A step of VAE-GAN costs about two and a half of the VAE's, so a VAE with as many more steps stands beside it.
+Five seeds each; every method's networks are running averages, as GANs are usually sampled.
 
-Chosen in single runs of one seed with wider networks: the VAE's KL weight out of .1, .3 and 1 (Frechet distance of
-samples 59, 53 and 49 there, at an MSE of .011, .013 and .017, so .3 is a compromise), the AAE's rate of codes out of
-1e-4, 3e-4 and 1e-3. VAE-GAN takes the VAE's weight in pixels and the paper's in features, untuned.
+Chosen in single runs of one seed with wider networks (256) and more steps (1,500, or 2,500 where starred): the VAE's KL
+weight out of .1*, .3 and 1 (Frechet distance of samples 59, 53 and 49, at an MSE of .011, .013 and .017: .3 is a
+compromise); the AAE's rate of codes out of 1e-4, 3e-4 and 1e-3* (60, 25 and 46). VAE-GAN takes the VAE's weight in
+pixels and the paper's in features, both untuned.
 """
 
 import argparse
