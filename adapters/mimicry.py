@@ -480,5 +480,6 @@ adapter = Adapter(
     "mimicry",
     ResidualGenerator,
     ResidualDiscriminator,
-    "residual networks shaped like SNGAN, with torch-mimicry's interface; class labels",
+    "residual networks shaped like SNGAN, with torch-mimicry's interface",
+    width=32,
 )
