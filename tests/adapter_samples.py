@@ -17,14 +17,24 @@ from gac_plugin import GAC, ConjugateGradient
 from gac_plugin.training.networks import Recipe, adapter_names, find_adapter
 
 DEFAULT = {"sample_shape": [3, 16, 16], "latent_size": 5, "width": 8, "depth": 2, "output": "tanh"}
-SMALL: dict[str, dict[str, Any]] = {}
+SMALL: dict[str, dict[str, Any]] = {
+    "speech": {"sample_shape": [1, 1024]},
+    "text": {"sample_shape": [5, 7]},
+    "timm": {"backbone": "test_resnet", "resolution": 32},
+}
 """By adapter, what differs from the default."""
+CODECS: dict[str, dict[str, Any]] = {
+    "speech": {"sample_rate": 8000, "length": 1024},
+    "text": {"letters": "\0abcdef", "length": 5},
+}
+"""By adapter, its codec, where its samples are no images."""
 BATCH = 8
 
 
 def recipe(name: str, classes: int = 0) -> Recipe:
     """A small recipe of an adapter."""
-    return Recipe(name, DEFAULT | SMALL.get(name, {}) | ({"classes": classes} if classes else {}))
+    arguments = DEFAULT | SMALL.get(name, {}) | ({"classes": classes} if classes else {})
+    return Recipe(name, arguments, CODECS.get(name, {}))
 
 
 def samples(made: Recipe, count: int) -> Tensor:

@@ -15,8 +15,9 @@ from gac_plugin import GAC, ConjugateGradient
 from gac_plugin.errors import UsageError
 from gac_plugin.protocols import Adapter
 from gac_plugin.training import load_discriminator, load_generator
+from gac_plugin.training.data import codec_of
 from gac_plugin.training.hub import save_network
-from gac_plugin.training.networks import adapter_names, find_adapter
+from gac_plugin.training.networks import Recipe, adapter_names, find_adapter
 
 ADAPTERS, CLASSES = adapter_names(), 3
 conditional = pytest.mark.parametrize("classes", [0, CLASSES], ids=["alone", "conditional"])
@@ -92,6 +93,25 @@ def test_networks_load_back_exactly(name, classes, tmp_path):
         assert torch.equal(load_generator(tmp_path)(z, **labels(classes)), generated)
         judged = load_discriminator(tmp_path)(generated, **labels(classes))
         assert torch.equal(judged, discriminator(generated, **labels(classes)))
+
+
+@every_adapter
+def test_the_codec_takes_samples_both_ways_and_writes_every_kind_of_file(name, tmp_path):
+    made = recipe(name)
+    codec = codec_of(made)
+    assert codec.sample_shape == tuple(made.arguments["sample_shape"])
+    stored = codec.to_stored(samples(made, 4))
+    again = codec.to_samples(stored)
+    assert again.shape == (4, *codec.sample_shape)
+    assert again.dtype == torch.float32
+    assert torch.equal(codec.to_stored(again), stored)
+    pictures = codec.pictures(stored)
+    assert (pictures.dtype, pictures.dim(), len(pictures)) == (torch.uint8, 4, 4)
+    for suffix in codec.suffixes:
+        codec.write(tmp_path / f"samples{suffix}", stored, columns=2)
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == sorted(codec.suffixes)
+    assert all(path.stat().st_size for path in tmp_path.iterdir())
+    assert codec_of(Recipe(made.adapter, made.arguments, json.loads(json.dumps(codec.to_json())))) == codec
 
 
 @pytest.fixture(scope="module")

@@ -71,6 +71,8 @@ def read_recipe(folder: Path) -> Recipe:
     """
     values = read_config(folder / RECIPE)
     arguments = {name: value for name, value in values.items() if name not in ("library_name", "adapter", "codec")}
+    if arguments.get("pretrained"):  # the weights stand beside it; nothing is to be downloaded
+        arguments["pretrained"] = False
     shape, codec = values.get("sample_shape"), values.get("codec", {})
     well_formed = {
         "adapter": isinstance(values.get("adapter"), str),
