@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
 from gac_plugin.errors import UsageError, resolve
-from gac_plugin.protocols import Adapter
+from gac_plugin.protocols import Adapter, Medium
 from gac_plugin.training.files import write_grid, write_whole
 
 KERNEL = 5
@@ -367,5 +367,9 @@ def _shown(text: str) -> str:
 
 
 adapter = Adapter(
-    "text", TextGenerator, TextDiscriminator, "letters by straight-through Gumbel-softmax, convolutions over positions"
+    "text",
+    TextGenerator,
+    TextDiscriminator,
+    "letters by straight-through Gumbel-softmax, convolutions over positions",
+    Medium("string", fit, load),
 )
