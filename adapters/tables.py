@@ -53,6 +53,7 @@ class GACCTGAN(CTGAN):
     """
 
     _epochs: int
+    _verbose: bool
 
     def __init__(
         self,
@@ -89,12 +90,12 @@ class GACCTGAN(CTGAN):
         """
         discrete_columns = list(discrete_columns)
         require_table(train_data, discrete_columns)
-        epochs = self._epochs
-        self._epochs = 0
+        epochs, verbose = self._epochs, self._verbose
+        self._epochs, self._verbose = 0, False  # so that it prepares transformers, sampler and generator, and no more
         try:
-            super().fit(train_data, discrete_columns)  # no epochs: it prepares transformers, sampler and generator
+            super().fit(train_data, discrete_columns)
         finally:
-            self._epochs = epochs
+            self._epochs, self._verbose = epochs, verbose
         self._train(self._transformer.transform(train_data).astype("float32"))
 
     @random_state

@@ -1,9 +1,11 @@
 """Published GAN packages with GAC swapped in, by the scripts of benchmarks/packages.py; each needs its own extra."""
 
 import importlib
+import json
 import math
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -72,6 +74,15 @@ def test_a_swap_changes_five_lines_at_most(package, depth):
         assert sum(line.startswith(sign) for line in lines) <= 5, lines
 
 
+def test_the_stored_figures_belong_to_these_scripts():
+    report = json.loads((Path(packages.__file__).parent / "results" / "packages.json").read_text())
+    for package, depth in SWAPS:
+        scripts, figures = packages.SCRIPTS[package], report[package][depth]
+        assert figures["changed lines"] == packages.changed_lines(scripts["before"], scripts[depth])
+        assert figures["all losses finite"]
+        assert report[package]["steps"] == packages.STEPS
+
+
 def test_changed_lines_leave_out_what_is_equal():
     def before():
         a = 1
@@ -89,9 +100,15 @@ def test_changed_lines_leave_out_what_is_equal():
 
 @pytest.mark.parametrize(("shift", "expected"), [(0, 0.0), (20, 0.5), (1000, 0.9)])
 def test_total_variation_of_a_column_of_numbers(shift, expected):
-    # ten bins of four rows each; shifted by 20 of 40 rows, five bins are left empty and the last one holds 6/10
+    # ten bins of four rows each; shifted by 20 of 40 rows, five bins are empty and the last one holds 24
     real = pd.DataFrame({"x": range(40)})
-    assert packages.total_variation(real, real + shift, []) == pytest.approx(expected, abs=0.06)
+    assert packages.total_variation(real, real + shift, []) == pytest.approx(expected, abs=1e-9)
+
+
+def test_the_correlation_gap_is_the_mean_over_pairs():
+    real = pd.DataFrame({"x": [0.0, 1.0, 2.0], "y": [0.0, 1.0, 2.0], "z": [1.0, 0.0, 1.0]})
+    other = real.assign(y=[2.0, 1.0, 0.0])  # r(x, y) from 1 to -1; r(x, z) and r(y, z) stay 0
+    assert packages.correlation_gap(real, other) == pytest.approx(2 / 3, abs=1e-9)
 
 
 def test_total_variation_of_categories():
