@@ -20,7 +20,7 @@ DEFAULT = {"sample_shape": [3, 16, 16], "latent_size": 5, "width": 8, "depth": 2
 SMALL: dict[str, dict[str, Any]] = {
     "speech": {"sample_shape": [1, 1024]},
     "text": {"sample_shape": [5, 7]},
-    "timm": {"backbone": "test_resnet", "resolution": 32},
+    "timm": {"backbone": "test_convnext", "resolution": 32},
 }
 """By adapter, what differs from the default."""
 CODECS: dict[str, dict[str, Any]] = {

@@ -81,6 +81,20 @@ def test_a_step_moves_what_it_should_and_nothing_else(name, classes):
 
 
 @every_adapter
+@pytest.mark.parametrize("schedule", ["fresh", "fused"])
+def test_either_schedule_moves_every_parameter_that_is_free_to_move(name, schedule):
+    made = recipe(name)
+    generator, discriminator = made.generator(), made.discriminator()
+    free = [p for net in (generator, discriminator) for p in net.parameters() if p.requires_grad]
+    before = [p.detach().clone() for p in free]
+    optimizers = ConjugateGradient(generator.parameters(), 1e-3), torch.optim.Adam(discriminator.parameters(), 1e-3)
+    gac = GAC(generator, discriminator, *optimizers, penalty="r1+r2", schedule=schedule)
+    stats = gac.step(samples(made, 6))
+    assert all(not torch.equal(a, b) for a, b in zip(before, free, strict=True))
+    assert all(torch.isfinite(value) for value in stats.values())
+
+
+@every_adapter
 @conditional
 def test_networks_load_back_exactly(name, classes, tmp_path):
     made = recipe(name, classes)

@@ -1,20 +1,19 @@
-"""The contract that every adapter keeps, and how a run chooses its networks."""
+"""How a run chooses its networks, and how it builds them again."""
 
 import json
 
 import pytest
 import torch
 
-from gac_plugin import GAC, ConjugateGradient
 from gac_plugin.errors import UsageError
 from gac_plugin.training.config import Config, make_config
 from gac_plugin.training.images import ImageCodec
-from gac_plugin.training.networks import Recipe, adapter_names, choose_recipe, find_adapter
+from gac_plugin.training.networks import Recipe, choose_recipe, find_adapter
 
 SHAPE = (3, 16, 8)
 
 
-@pytest.fixture(params=adapter_names())
+@pytest.fixture(params=["mlp", "dcgan"])
 def recipe(request) -> Recipe:
     arguments = {"sample_shape": list(SHAPE), "latent_size": 5, "width": 8, "depth": 2, "output": "tanh"}
     return Recipe(request.param, arguments)
@@ -23,12 +22,6 @@ def recipe(request) -> Recipe:
 def chosen(config: Config, shape: tuple[int, ...], classes: int = 0) -> Recipe:
     """The recipe for images of a shape."""
     return choose_recipe(config, ImageCodec(shape, config.output), None, classes)
-
-
-def test_shapes_are_those_of_the_contract(recipe):
-    samples = recipe.generator()(torch.randn(4, 5))
-    assert samples.shape == (4, *SHAPE)
-    assert recipe.discriminator()(samples).shape == (4, 1)
 
 
 @pytest.mark.parametrize(("output", "low"), [("tanh", -1.0), ("sigmoid", 0.0)])
@@ -40,25 +33,6 @@ def test_samples_fill_the_declared_range(recipe, output, low):
         assert torch.allclose(generator(torch.randn(4, 5)), torch.tensor(low))
         last.fill_(100.0)
         assert torch.allclose(generator(torch.randn(4, 5)), torch.tensor(1.0))
-
-
-@pytest.mark.parametrize("schedule", ["fresh", "fused"])
-def test_one_step_moves_both_networks(recipe, schedule):
-    generator, discriminator = recipe.generator(), recipe.discriminator()
-    before = [p.clone() for p in (*generator.parameters(), *discriminator.parameters())]
-    gac = GAC(
-        generator,
-        discriminator,
-        ConjugateGradient(generator.parameters(), 1e-3),
-        torch.optim.Adam(discriminator.parameters(), 1e-3),
-        penalty="r1+r2",
-        schedule=schedule,
-    )
-    stats = gac.step(torch.randn(6, *SHAPE))
-    after = [*generator.parameters(), *discriminator.parameters()]
-    assert all(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
-    assert all(torch.isfinite(value) for value in stats.values())
-    assert gac.cotangent(torch.randn(6, *SHAPE)).shape == (6, *SHAPE)
 
 
 def test_a_recipe_is_json_and_builds_the_same_network(recipe):

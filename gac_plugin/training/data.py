@@ -3,7 +3,7 @@
 Every data set goes through `datasets.load_dataset`. The column is found by its type, and the codec by the column.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.resources import files
@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from datasets import Audio, Dataset, load_dataset
+from datasets.exceptions import DatasetsError
 from torch import Tensor
 
 from gac_plugin.errors import UsageError
@@ -146,11 +147,14 @@ def _in_memory(rows: Dataset, column: str, codec: Encoder, split: str) -> Decode
     return Decoded(torch.stack(values), _labels(rows), split)
 
 
-def _cells(rows: Dataset, column: str) -> Any:
+def _cells(rows: Dataset, column: str) -> Iterator[Any]:
     """The undecoded cells of a column."""
     if isinstance(rows.features[column], Audio):
         rows = rows.cast_column(column, Audio(decode=False))
-    return rows.select_columns(column)[column]
+    try:
+        yield from rows.select_columns(column)[column]
+    except UnicodeDecodeError as error:
+        raise UsageError(f"column {column!r} holds text that is not UTF-8: {error}; convert it") from error
 
 
 def dataset_path(dataset: str) -> str:
@@ -175,9 +179,10 @@ def _load(dataset: str) -> Mapping[str, Dataset]:
     source = dataset_path(dataset)
     try:
         return load_dataset(source)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, DatasetsError) as error:
+        reason = error.__cause__ if isinstance(error.__cause__, UnicodeDecodeError) else error
         raise UsageError(
-            f"cannot load data set {dataset!r}: {first_line(error)}; check the name or folder, and that it holds rows"
+            f"cannot load data set {dataset!r}: {first_line(reason)}; check the name or folder, and that it holds rows"
         ) from error
 
 

@@ -60,6 +60,12 @@ class Evaluation:
     recognised_real: float | None = None
     figures: dict[str, float] = field(default_factory=dict)
 
+    @property
+    def scores(self) -> dict[str, float]:
+        """What is worth following along a run."""
+        told = {} if self.recognised is None else {"recognised": self.recognised}
+        return {"frechet": self.frechet, "precision": self.precision, "recall": self.recall, **told, **self.figures}
+
     def to_json(self) -> dict[str, float | int | str]:
         """Names and values of what was measured."""
         values = asdict(self)

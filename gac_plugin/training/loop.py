@@ -287,7 +287,7 @@ class _Run:
             self.journal.draw(step, self.game.average.network)
         extra: dict[str, Any] = {"skipped": self.game.gac.skipped} if self.game.gac.skipped else {}
         if self._evaluation_due:
-            extra |= {name: getattr(self._evaluate(), name) for name in ("frechet", "precision", "recall")}
+            extra |= self._evaluate().scores
             if not self.best or extra["frechet"] < self.best["frechet"]:
                 self.best = {"step": step, "frechet": extra["frechet"]}
         if step == 1 or step % config.log_every == 0 or last or extra.keys() & {"frechet"}:
@@ -365,7 +365,8 @@ class _Run:
                 draw = torch.Generator().manual_seed(config.seed)
                 labels = self.labels.cpu()[torch.randint(len(self.labels), (count,), generator=draw)]
             stored = generate(network, self.recipe, count, config.seed, device, labels)
-            figures = self.codec.figures(train.values.cpu(), self.test.values.cpu(), stored.cpu())
+            known = self.real.values if isinstance(self.real, Decoded) else train.values
+            figures = self.codec.figures(known.cpu(), self.test.values.cpu(), stored.cpu())
             real, generated = self._pictures(self.test).values.to(device), self.codec.pictures(stored)
             self.evaluation = self.step, evaluate(self.features, real, generated, labels, figures)
         return self.evaluation[1]
