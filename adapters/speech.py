@@ -24,11 +24,13 @@ from gac_plugin.protocols import Adapter, Medium
 from gac_plugin.training.files import write_grid, write_whole
 
 WINDOW = 256
-"""Samples in a frame, of the spectrogram that the discriminator sees and of the filters that the generator plays."""
+"""Samples in a frame of the generator."""
 HOP = WINDOW // 4
-"""Samples from one frame to the next."""
+"""Samples from one frame to the next, of the generator and of the discriminator."""
 BANDS = WINDOW // 2 + 1
-"""Frequencies in a frame, from 0 to half the sample rate."""
+"""Frequencies in a frame of the generator, from 0 to half the sample rate."""
+VIEW = WINDOW // 2
+"""Samples in a frame of the discriminator's spectrogram: too few to resolve the harmonics of most voices."""
 QUIET = -6.0
 """Around this lies the loudness of a band before its sigmoid: 52 dB below the loudest possible tone."""
 FLOOR = 0.005
@@ -51,11 +53,12 @@ UNKNOWN_SIZE = 0x7FFF0000
 class SpeechGenerator(nn.Module):
     """latent, label -> coarse frames -> `depth` times four times as many -> loudness and phase of bands -> samples.
 
-        x[n] = tanh sum_m w[n - m HOP] sum_k sigmoid(a[k, m] + QUIET) cos(2 pi k n / WINDOW + pi p[k, m])
+        x[n] = tanh sum_m f_m[n - m HOP]
+        f_m[j] = w[j] sum_k sigmoid(a[k, m] + QUIET) cos(2 pi k j / WINDOW + pi k + pi p[k, m]),  0 <= j < WINDOW
 
-    where w is half a Hann window of length WINDOW, and a, p are what the convolutions make. The carriers of the bands
-    run on from frame to frame, so that frames that do not change make steady tones: the convolutions describe slow
-    changes and never have to oscillate.
+    where w is half a Hann window, and a, p are what the convolutions make. Where p is 0 all bands meet in the middle of
+    their frame: a pulse, as a voice has them, with the spectrum a, and frames that do not change make a steady voice of
+    one pulse in HOP samples. The convolutions describe slow changes and never have to oscillate.
 
     Args:
         sample_shape: (1, T), T divisible by 64 * 4^depth.
@@ -70,7 +73,6 @@ class SpeechGenerator(nn.Module):
     """
 
     filters: Tensor
-    turned: Tensor
 
     def __init__(
         self,
@@ -104,23 +106,18 @@ class SpeechGenerator(nn.Module):
         self.bands = nn.Conv1d(width, 2 * BANDS, 3, padding=1)
         self.apply(_keep_scale)
 
-        k = torch.arange(BANDS)[:, None]
-        angle = 2 * math.pi / WINDOW * (k * torch.arange(WINDOW) % WINDOW)
+        k, j = torch.arange(BANDS)[:, None], torch.arange(WINDOW)
+        angle = 2 * math.pi / WINDOW * (k * (j + WINDOW // 2) % WINDOW)
         window = torch.hann_window(WINDOW) / 2  # windows a quarter apart add up to 2
         filters = torch.cat([window * angle.cos(), -window * angle.sin()])[:, None]
         self.register_buffer("filters", filters, persistent=False)
-        # a filter starts anew with each frame: by how much its carrier has turned since the first one, where the
-        # carriers stand apart (Schroeder 1970), since together they would make a click
-        frame = torch.arange(sample_shape[1] // HOP)
-        turned = 2 * math.pi * HOP / WINDOW * (k * frame % (WINDOW // HOP)) + math.pi / BANDS * k**2
-        self.register_buffer("turned", turned, persistent=False)
 
     def forward(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
         """Latents (B, latent_size), labels int64 (B,) if there are classes -> samples (B, 1, T)."""
         if self.label is not None:
             z = torch.cat([z, self.label(labels)], dim=1)
         loudness, phase = self.bands(self.finer(self.coarse(z))).chunk(2, dim=1)
-        amplitude, angle = torch.sigmoid(loudness + QUIET), math.pi * phase + self.turned
+        amplitude, angle = torch.sigmoid(loudness + QUIET), math.pi * phase
         frames = torch.cat([amplitude * angle.cos(), amplitude * angle.sin()], dim=1)
         return torch.tanh(conv_transpose1d(frames, self.filters, stride=HOP, padding=(WINDOW - HOP) // 2))
 
@@ -130,8 +127,9 @@ class SpeechDiscriminator(nn.Module):
 
         l = <w + e_y, h(x)> + b        e_y: embedding of the label, the projection of Miyato and Koyama 2018
 
-    The convolutions run along time, with the frequencies as channels. The arguments are those of the generator; two
-    halvings stand against each of its quadruplings.
+    The convolutions run along time, with the frequencies as channels. The frames are short, so that what counts is the
+    shape of the spectrum and how it changes, which is what tells words apart, and not the pitch. The arguments are
+    those of the generator; two halvings stand against each of its quadruplings.
     """
 
     window: Tensor
@@ -148,7 +146,7 @@ class SpeechDiscriminator(nn.Module):
         super().__init__()
         frames, widest = _coarsest(sample_shape, width, depth)
         channels = width
-        layers: list[nn.Module] = [nn.Conv1d(BANDS, channels, 5, padding=2)]
+        layers: list[nn.Module] = [nn.Conv1d(VIEW // 2 + 1, channels, 5, padding=2)]
         for _ in range(2 * depth):
             wider = min(2 * channels, widest)
             layers += [nn.LeakyReLU(0.2), nn.Conv1d(channels, wider, 5, stride=2, padding=2)]
@@ -161,7 +159,7 @@ class SpeechDiscriminator(nn.Module):
         if classes:
             self.label = nn.Embedding(classes, FEATURES)
             nn.init.normal_(self.label.weight, std=FEATURES**-0.5)
-        self.register_buffer("window", torch.hann_window(WINDOW), persistent=False)
+        self.register_buffer("window", torch.hann_window(VIEW), persistent=False)
 
     def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
         """Samples (B, 1, T), labels int64 (B,) if there are classes -> logits (B, 1)."""

@@ -293,18 +293,35 @@ def test_a_label_changes_what_both_networks_say():
         assert (zero - one).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("band", [3, 40, 101])
-def test_frames_that_do_not_change_make_a_steady_tone(band):
-    generator, _ = networks()
+def still(generator: SpeechGenerator, loudness: torch.Tensor) -> np.ndarray:
+    """What the generator plays, before its tanh, when all its frames are alike and have phase 0."""
     with torch.no_grad():
         generator.bands.weight.zero_()
-        generator.bands.bias.fill_(-100.0)
-        generator.bands.bias[band] = -speech.QUIET  # an amplitude of 1/2
-        sound = torch.atanh(generator(torch.randn(1, 5)))[0, 0].double().numpy()
-    middle = np.arange(256, LENGTH - 256)
-    carrier = np.exp(2j * np.pi * band * middle / 256)
-    phase = np.angle(np.vdot(carrier, sound[middle]))
-    np.testing.assert_allclose(sound[middle], 0.5 * np.cos(2 * np.pi * band * middle / 256 + phase), atol=1e-4)
+        generator.bands.bias.copy_(torch.cat([loudness, torch.zeros_like(loudness)]))
+        return torch.atanh(generator(torch.randn(1, 5)))[0, 0].double().numpy()
+
+
+def test_frames_that_do_not_change_make_a_steady_voice_of_pulses():
+    """One pulse in every hop, in the middle of its frame, each with the spectrum of the bands."""
+    generator, _ = networks()
+    sound = still(generator, torch.full((speech.BANDS,), 1.0))
+    middle = sound[256 : LENGTH - 256]
+    np.testing.assert_allclose(middle[64:], middle[:-64], atol=1e-4)
+    peaks = np.flatnonzero(np.abs(middle) > 0.5 * np.abs(middle).max())
+    assert len(np.unique(peaks % 64)) == 1, "one place in each hop"
+
+
+@pytest.mark.parametrize("band", [4, 40, 100])
+def test_a_band_that_the_frames_play_in_step_is_a_steady_tone(band):
+    """Bands that turn whole times in a hop, k HOP / WINDOW, run on from frame to frame: a cosine of amplitude 1/2."""
+    generator, _ = networks()
+    loudness = torch.full((speech.BANDS,), -100.0)
+    loudness[band] = -speech.QUIET  # an amplitude of 1/2
+    sound = still(generator, loudness)
+    n = np.arange(256, LENGTH - 256)
+    # frame m starts at sample 64 m - 96, and its middle is where the cosine is at its height
+    expected = 0.5 * np.cos(2 * np.pi * band * (n + 96 - 128) / 256)
+    np.testing.assert_allclose(sound[n], expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("shape", [[1, LENGTH + 16], [2, LENGTH]])
@@ -331,7 +348,7 @@ def test_one_step_moves_both_networks(clips, schedule):
     assert stats["penalty"] > 0
     assert moved(generator, before[0]) == set(before[0])
     assert moved(discriminator, before[1]) == set(before[1])
-    assert torch.equal(discriminator.window, torch.hann_window(256))
+    assert torch.equal(discriminator.window, torch.hann_window(speech.VIEW))
 
 
 def test_each_part_of_a_step_moves_its_own_network_alone(clips):
