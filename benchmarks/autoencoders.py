@@ -41,9 +41,10 @@ from gac_plugin.adapters.autoencoder import (
 )
 from gac_plugin.adapters.mlp import perceptron
 from gac_plugin.training.config import Config
-from gac_plugin.training.data import load_images
+from gac_plugin.training.data import load_data
 from gac_plugin.training.ema import RunningAverage
 from gac_plugin.training.evaluate import Features, evaluate, frechet_distance, make_features
+from gac_plugin.training.source import Decoded
 
 SHAPE, PIXELS = (1, 28, 28), 784
 LATENT, WIDTH, DEPTH = 16, 128, 2
@@ -242,8 +243,10 @@ def main() -> None:
     mpl.use("Agg")
     torch.set_num_threads(1)
 
-    train_images, test_images = load_images(Config(dataset=arguments.data))
-    pixels = (train_images.pixels.share_memory_(), test_images.pixels.share_memory_())
+    data = load_data(Config(dataset=arguments.data))
+    train_images, test_images = data.train, data.test
+    assert isinstance(train_images, Decoded)
+    pixels = (train_images.values.share_memory_(), test_images.values.share_memory_())
     jobs = [(name, seed) for seed in range(SEEDS) for name in METHODS]
     figures: dict[str, Any] = {name: {measure_name: [] for measure_name in MEASURES} for name in METHODS}
     pictured: dict[str, Outcome] = {}
@@ -251,7 +254,7 @@ def main() -> None:
         outcomes = pool.map(train, jobs, *(repeat(part) for part in pixels))
         features = make_features(train_images, test_images, 0, torch.device("cpu"))
         for (name, seed), outcome in zip(jobs, outcomes, strict=True):
-            found = measure(outcome, features, test_images.pixels)
+            found = measure(outcome, features, test_images.values)
             print(
                 f"{name}, seed {seed}: " + ", ".join(f"{key} {value:.4g}" for key, value in found.items()), flush=True
             )
@@ -283,7 +286,7 @@ def main() -> None:
     for folder in ("results", "plots"):
         (arguments.out / folder).mkdir(parents=True, exist_ok=True)
     (arguments.out / "results" / "autoencoders.json").write_text(json.dumps(report, indent=2) + "\n")
-    plot(test_images.pixels, pictured).savefig(arguments.out / "plots" / "autoencoders.png", dpi=120)
+    plot(test_images.values, pictured).savefig(arguments.out / "plots" / "autoencoders.png", dpi=120)
     print_table(figures)
 
 
