@@ -31,6 +31,8 @@ BANDS = WINDOW // 2 + 1
 """Frequencies in a frame of the generator, from 0 to half the sample rate."""
 VIEW = WINDOW // 2
 """Samples in a frame of the discriminator's spectrogram: too few to resolve the harmonics of most voices."""
+SWAY = 0.1
+"""Half turns of a band for a phase of 1: little, so that what begins as pulses stays pulses while the bands are learned."""
 QUIET = -6.0
 """Around this lies the loudness of a band before its sigmoid: 52 dB below the loudest possible tone."""
 FLOOR = 0.005
@@ -54,7 +56,7 @@ class SpeechGenerator(nn.Module):
     """latent, label -> coarse frames -> `depth` times four times as many -> loudness and phase of bands -> samples.
 
         x[n] = tanh sum_m f_m[n - m HOP]
-        f_m[j] = w[j] sum_k sigmoid(a[k, m] + QUIET) cos(2 pi k j / WINDOW + pi k + pi p[k, m]),  0 <= j < WINDOW
+        f_m[j] = w[j] sum_k sigmoid(a[k, m] + QUIET) cos(2 pi k j / WINDOW + pi (k + SWAY p[k, m])),  0 <= j < WINDOW
 
     where w is half a Hann window, and a, p are what the convolutions make. Where p is 0 all bands meet in the middle of
     their frame: a pulse, as a voice has them, with the spectrum a, and frames that do not change make a steady voice of
@@ -117,7 +119,7 @@ class SpeechGenerator(nn.Module):
         if self.label is not None:
             z = torch.cat([z, self.label(labels)], dim=1)
         loudness, phase = self.bands(self.finer(self.coarse(z))).chunk(2, dim=1)
-        amplitude, angle = torch.sigmoid(loudness + QUIET), math.pi * phase
+        amplitude, angle = torch.sigmoid(loudness + QUIET), math.pi * SWAY * phase
         frames = torch.cat([amplitude * angle.cos(), amplitude * angle.sin()], dim=1)
         return torch.tanh(conv_transpose1d(frames, self.filters, stride=HOP, padding=(WINDOW - HOP) // 2))
 
