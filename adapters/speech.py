@@ -32,7 +32,7 @@ BANDS = WINDOW // 2 + 1
 VIEW = WINDOW // 2
 """Samples in a frame of the discriminator's spectrogram: too few to resolve the harmonics of most voices."""
 SWAY = 0.1
-"""Half turns of a band for a phase of 1: little, so that what begins as pulses stays pulses while the bands are learned."""
+"""Half turns of a band for a phase of 1: few, so that pulses stay pulses while the bands are learned."""
 QUIET = -6.0
 """Around this lies the loudness of a band before its sigmoid: 52 dB below the loudest possible tone."""
 FLOOR = 0.005
