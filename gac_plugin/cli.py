@@ -18,8 +18,8 @@ from gac_plugin.train import add_arguments as add_train_arguments
 from gac_plugin.train import run as run_train
 from gac_plugin.training.config import PRESETS
 from gac_plugin.training.data import codec_of
+from gac_plugin.training.generate import generate
 from gac_plugin.training.hub import load_generator, network_folder, read_recipe
-from gac_plugin.training.loop import generate
 from gac_plugin.training.networks import adapter_names, find_adapter
 
 MOST_SAMPLES = 100_000

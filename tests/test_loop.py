@@ -14,7 +14,7 @@ from gac_plugin.errors import UsageError
 from gac_plugin.training import load_generator, train
 from gac_plugin.training.checkpoint import newest_intact
 from gac_plugin.training.config import Config, make_config
-from gac_plugin.training.loop import generate
+from gac_plugin.training.generate import generate
 
 SMALL = {"steps": 25, "log_every": 10, "sample_every": 20, "evaluation_samples": 200, "width": 16, "batch_size": 32}
 

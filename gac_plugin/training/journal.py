@@ -2,8 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterable, Mapping
-from itertools import repeat
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +18,10 @@ from gac_plugin.protocols import Codec
 from gac_plugin.strategy import Stats
 from gac_plugin.training.config import Config
 from gac_plugin.training.files import MARK, append_line, clear_run, sweep_run, write_json, write_whole
+from gac_plugin.training.generate import render
 from gac_plugin.training.health import Health, diversity, nearest_distance
 
 GRID = 64
-GENERATION_BATCH = 1000
 METRICS = "metrics.jsonl"
 SHOWN = {"loss_d": "loss D", "loss_g": "loss G", "d_real": "D(x)", "d_fake": "D(G(z))", "beta": "beta"}
 
@@ -41,24 +40,6 @@ def tracker_names(wanted: str | None) -> list[str]:
         if name not in installed:
             raise UsageError(f"tracker {name!r} is not installed; pip install {name}, or leave out --tracker {name}")
     return names
-
-
-@torch.no_grad()
-def render(generator: nn.Module, codec: Codec, latents: Tensor, labels: Tensor | None = None) -> Tensor:
-    """Samples as the codec stores them, made in evaluation mode and in parts of 1,000.
-
-    Args:
-        generator: its parameters stay as they are.
-        codec: of its samples.
-        latents: shape (N, latent_size).
-        labels: int64, shape (N,), for a conditional generator.
-    """
-    conditions: Iterable[dict[str, Tensor]] = repeat({})
-    if labels is not None:
-        conditions = ({"labels": part} for part in labels.split(GENERATION_BATCH))
-    with evaluating(generator):
-        parts = zip(latents.split(GENERATION_BATCH), conditions, strict=False)
-        return torch.cat([codec.to_stored(generator(z, **some)) for z, some in parts])
 
 
 class Journal:

@@ -24,13 +24,14 @@ from gac_plugin.strategy import Stats
 from gac_plugin.training.batches import batches
 from gac_plugin.training.checkpoint import Checkpoint, Checkpoints, Stateful, newest_intact, read_checkpoint
 from gac_plugin.training.config import FEWEST_TO_EVALUATE, Config
-from gac_plugin.training.data import Data, codec_of, load_data
+from gac_plugin.training.data import Data, load_data
 from gac_plugin.training.evaluate import Evaluation, Features, evaluate, make_features
 from gac_plugin.training.files import next_run, run_folder, write_json
 from gac_plugin.training.game import Game
+from gac_plugin.training.generate import generate
 from gac_plugin.training.health import Health
 from gac_plugin.training.hub import save_network
-from gac_plugin.training.journal import GRID, METRICS, Journal, render, tracker_names
+from gac_plugin.training.journal import GRID, METRICS, Journal, tracker_names
 from gac_plugin.training.networks import Recipe, choose_recipe
 from gac_plugin.training.processes import everyones, from_main, main_only, require_one_run, together
 from gac_plugin.training.random_states import RandomStates
@@ -100,33 +101,6 @@ def train(config: Config) -> Result:
             run = _Run(config, folder, accelerator, recipe, (generator, discriminator), data)
         run.resume()
         return run.go()
-
-
-def generate(
-    generator: nn.Module,
-    recipe: Recipe,
-    count: int,
-    seed: int,
-    device: torch.device | str = "cpu",
-    labels: Tensor | None = None,
-) -> Tensor:
-    """Samples from a generator, the same for the same seed.
-
-    Args:
-        generator: used in evaluation mode.
-        recipe: tells its latent size, its classes and its codec.
-        count: how many.
-        seed: fixes the latents, drawn on the CPU.
-        device: where the generator is.
-        labels: int64, shape (count,), for a conditional generator; by default its classes take turns.
-
-    Returns:
-        Samples as the codec stores them, for images uint8 pixels (count, C, H, W), on the device.
-    """
-    latents = torch.randn(count, recipe.latent_size, generator=torch.Generator().manual_seed(seed))
-    if labels is None and recipe.classes:
-        labels = torch.arange(count) % recipe.classes
-    return render(generator, codec_of(recipe), latents.to(device), None if labels is None else labels.to(device))
 
 
 class _Run:
