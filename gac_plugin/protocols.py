@@ -155,7 +155,7 @@ class Codec(Protocol):
 
     Attributes:
         sample_shape: of a sample, as both networks see it.
-        suffixes: of the files that it writes, the usual one first.
+        suffixes: of the files that it writes, the usual one first, ".png" among them.
     """
 
     @property

@@ -121,6 +121,7 @@ def test_the_codec_takes_samples_both_ways_and_writes_every_kind_of_file(name, t
     assert torch.equal(codec.to_stored(again), stored)
     pictures = codec.pictures(stored)
     assert (pictures.dtype, pictures.dim(), len(pictures)) == (torch.uint8, 4, 4)
+    assert ".png" in codec.suffixes
     for suffix in codec.suffixes:
         codec.write(tmp_path / f"samples{suffix}", stored, columns=2)
     assert sorted(path.suffix for path in tmp_path.iterdir()) == sorted(codec.suffixes)

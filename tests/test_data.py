@@ -7,6 +7,8 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image as Picture
@@ -246,3 +248,28 @@ def test_a_damaged_header_that_claims_a_huge_picture_is_a_damaged_image(tmp_path
     (tmp_path / "a.bmp").write_bytes(data)
     with pytest.raises(UsageError, match="image 0 of split 'train' cannot be decoded: Image size"):
         load_images(Config(dataset=str(tmp_path)))
+
+
+def test_text_that_is_not_utf_8_is_told_in_one_line(tmp_path):
+    """In a file of lines, decoded while `datasets` loads it, and in a column, decoded when it is read."""
+    (tmp_path / "lines").mkdir()
+    (tmp_path / "lines" / "train.txt").write_bytes("anna\nzoë\n".encode("latin-1"))
+    with pytest.raises(UsageError, match=r"cannot load data set .*'utf-8' codec can't decode byte 0xeb"):
+        load_data(Config(dataset=str(tmp_path / "lines")))
+    raw = pa.array([b"anna", "zoë".encode("latin-1")], pa.binary())
+    column = pa.StringArray.from_buffers(len(raw), *raw.buffers()[1:])
+    pq.write_table(pa.table({"text": column}), tmp_path / "train.parquet")
+    with pytest.raises(UsageError, match=r"column 'text' holds text that is not UTF-8: .*; convert it"):
+        load_data(Config(dataset=str(tmp_path), split="train"))
+
+
+def test_the_column_tells_the_adapter_and_text_comes_last(tmp_path):
+    clip = {"bytes": b"not a sound file", "path": None}
+    rows = datasets.Dataset.from_dict({"speaker": ["a"], "audio": [clip], "name": ["b"]})
+    rows.cast_column("audio", datasets.Audio(decode=False)).to_parquet(tmp_path / "train.parquet")
+    source = str(tmp_path)
+    assert load_data(Config(dataset=source, column="name")).adapter == "text"
+    with pytest.raises(UsageError, match="several string columns: speaker, name; choose one with --column"):
+        load_data(Config(dataset=source, adapter="text"))
+    with pytest.raises(UsageError, match="row 0: not a sound file"):  # of the three, the audio column was chosen
+        load_data(Config(dataset=source))

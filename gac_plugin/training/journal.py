@@ -129,9 +129,10 @@ class Journal:
         self.latest.update(stats)
 
     def draw(self, step: int, generator: nn.Module) -> None:
-        """Write what the generator makes of the fixed latents."""
+        """Write what the generator makes of the fixed latents, as the data's usual file and as a picture."""
         stored = render(generator, self.codec, self.latents, self.labels)
-        self.codec.write(self.folder / "samples" / f"step-{step:07d}{self.codec.suffixes[0]}", stored)
+        for suffix in dict.fromkeys((self.codec.suffixes[0], ".png")):
+            self.codec.write(self.folder / "samples" / f"step-{step:07d}{suffix}", stored)
 
     def text(self) -> str:
         """The metrics so far, for a checkpoint."""
