@@ -20,7 +20,7 @@ from gac_plugin.training.config import PRESETS
 from gac_plugin.training.data import codec_of
 from gac_plugin.training.generate import generate
 from gac_plugin.training.hub import load_generator, network_folder, read_recipe
-from gac_plugin.training.networks import adapter_names, find_adapter
+from gac_plugin.training.networks import adapter_names, adapter_options, find_adapter
 
 MOST_SAMPLES = 100_000
 LIBRARIES = ("torch", "accelerate", "datasets", "timm", "safetensors", "huggingface_hub", "numpy", "pillow")
@@ -109,7 +109,9 @@ def _info(arguments: argparse.Namespace) -> None:
 def _adapter(name: str) -> str:
     """What an adapter says of itself; one that cannot be used does not keep the others from being listed."""
     try:
-        return find_adapter(name).description
+        adapter = find_adapter(name)
+        options = ", ".join(adapter_options(adapter))
+        return adapter.description + (f"; options: {options}" if options else "")
     except UsageError as error:
         return f"(cannot be used: {error})"
 

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from gac_plugin.errors import UsageError
+from gac_plugin.protocols import Adapter, Medium
 from gac_plugin.training.config import Config, make_config
 from gac_plugin.training.images import ImageCodec
-from gac_plugin.training.networks import Recipe, choose_recipe, find_adapter
+from gac_plugin.training.networks import Recipe, adapter_options, choose_recipe, find_adapter
 
 SHAPE = (3, 16, 8)
 
@@ -63,6 +64,15 @@ def test_options_reach_the_builders():
     assert {**recipe.arguments, "backbone": "resnet18", "frozen": True, "rate": 0.5} == recipe.arguments
     with pytest.raises(UsageError, match=r"cannot build the network of adapter 'mlp'.*'(backbone|frozen|rate)'"):
         recipe.generator()
+
+
+def test_what_an_adapter_s_options_are_is_read_off_its_builders():
+    def builder(sample_shape, latent_size, width, depth, output, needed, classes=0, backbone="x", rate=0.5, **rest): ...
+
+    medium = Medium("Audio", fit=builder, load=builder, options=("length", "rate"))
+    adapter = Adapter("a", builder, find_adapter("mlp").discriminator, "text", medium)
+    assert adapter_options(adapter) == ["needed", 'backbone="x"', "rate=0.5", "length"]
+    assert adapter_options(find_adapter("mlp")) == []
 
 
 def test_the_article_preset_has_the_article_s_networks():

@@ -1,5 +1,7 @@
 """Networks of a run, from the adapter that it names."""
 
+import inspect
+import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,6 +16,8 @@ from gac_plugin.training.config import Config
 
 GROUP = "gac_plugin.adapters"
 SMALL_SAMPLE = 1024
+CONTRACT = ("sample_shape", "latent_size", "width", "depth", "output", "classes")
+"""Arguments that every builder gets; what else it takes are options of its adapter."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,19 @@ def find_adapter(name: str) -> Adapter:
     if not isinstance(adapter, Adapter):
         raise UsageError(f"the entry point {point.value!r} of adapter {name!r} is a {type(adapter).__name__}")
     return adapter
+
+
+def adapter_options(adapter: Adapter) -> list[str]:
+    """What `--options` may set for an adapter: "name", or "name=default"."""
+    found: dict[str, str] = {}
+    for builder in (adapter.generator, adapter.discriminator):
+        for name, parameter in inspect.signature(builder).parameters.items():
+            named = parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+            if named and name not in CONTRACT:
+                needed = parameter.default is parameter.empty
+                found[name] = name if needed else f"{name}={json.dumps(parameter.default, default=str)}"
+    codec = adapter.medium.options if adapter.medium else ()
+    return [*found.values(), *(name for name in codec if name not in found)]
 
 
 def choose_recipe(config: Config, codec: Codec, adapter: str | None, classes: int) -> Recipe:
