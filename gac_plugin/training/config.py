@@ -233,6 +233,16 @@ PRESETS: dict[str, dict[str, Any]] = {
         "ema": 0.0,
         "evaluation_samples": 10_000,
     },
+    "speech": {
+        "conditional": True,
+        "batch_size": 16,
+        "lr_generator": 1e-3,
+        "lr_schedule": "linear",
+        "r1": 0.1,
+        "r2": 0.1,
+        "steps": 8_000,
+    },
+    "text": {"lr_schedule": "linear", "steps": 3_000},
 }
 
 
