@@ -54,6 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--out", metavar="FILE", help="file to write (default: samples.png, or what suits the data)")
     sample.add_argument("--columns", type=int, metavar="N", help="samples in a row (default: a square)")
     sample.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the latents (default: 0)")
+    sample.add_argument("--label", type=int, metavar="N", help="class to make (default: all of them in turn)")
     sample.set_defaults(run=_sample)
 
     info = commands.add_parser("info", help="list losses, rules, metrics, adapters, versions, devices")
@@ -75,7 +76,13 @@ def _sample(arguments: argparse.Namespace) -> None:
     out = Path(arguments.out or f"samples{codec.suffixes[0]}")
     if out.suffix.lower() not in codec.suffixes:
         raise UsageError(f"--out must end in one of {', '.join(codec.suffixes)}; got {arguments.out!r}")
-    stored = generate(load_generator(arguments.model), recipe, arguments.n, arguments.seed)
+    labels = None
+    if arguments.label is not None:
+        if not 0 <= arguments.label < recipe.classes:
+            known = f"has the classes 0 to {recipe.classes - 1}" if recipe.classes else "was trained without classes"
+            raise UsageError(f"--label {arguments.label} does not fit: the generator {known}")
+        labels = torch.full((arguments.n,), arguments.label)
+    stored = generate(load_generator(arguments.model), recipe, arguments.n, arguments.seed, labels=labels)
     codec.write(out, stored, min(arguments.columns, arguments.n) if arguments.columns else None)
     print(f"{arguments.n} samples in {out}")
 

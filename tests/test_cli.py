@@ -59,6 +59,21 @@ def test_samples_are_written_as_a_picture(run, tmp_path, capsys):
         assert picture.size == (3 * 52 + 4, 2 * 52 + 4)
 
 
+def test_a_class_can_be_asked_for(run, tmp_path, capsys):
+    folder = str(tmp_path / "run")
+    assert main(["train", *QUICK, "--conditional", "--output-dir", folder]) == 0
+    pictures = []
+    for label in ("3", "3", "4"):
+        assert main(["sample", folder, "--out", str(tmp_path / "grid.png"), "--label", label]) == 0
+        pictures.append((tmp_path / "grid.png").read_bytes())
+    assert pictures[0] == pictures[1] != pictures[2]
+    capsys.readouterr()
+    for model, wanted in ((folder, "has the classes 0 to 9"), (str(run), "was trained without classes")):
+        assert main(["sample", model, "--out", str(tmp_path / "other.png"), "--label", "10"]) == 2
+        assert capsys.readouterr().err == f"gac: error: --label 10 does not fit: the generator {wanted}\n"
+    assert not (tmp_path / "other.png").exists()
+
+
 def test_samples_repeat_for_a_seed(run, tmp_path):
     pictures = []
     for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
