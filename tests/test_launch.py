@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -182,7 +183,7 @@ ACCELERATE = ("accelerate.commands.launch", "--num_processes", "2", "--mixed_pre
     ("launcher", "environment", "flags", "processes"),
     [
         (TORCHRUN, {}, ["--mixed-precision", "bf16"], 2),
-        ((*ACCELERATE, "--multi_gpu", "--main_process_port", "0"), {"ACCELERATE_USE_CPU": "true"}, [], 2),
+        ((*ACCELERATE, "--multi_gpu", "--main_process_port", "PORT"), {"ACCELERATE_USE_CPU": "true"}, [], 2),
         ((*ACCELERATE, "--cpu"), {}, [], 1),  # which is why the page warns of it
     ],
     ids=["torchrun, bf16", "accelerate launch", "accelerate launch --cpu"],
@@ -191,6 +192,8 @@ def test_as_many_processes_as_the_page_says_take_part_in_one_run(tmp_path, launc
     # the module itself, and then each process says what it was
     program = tmp_path / "watched.py"
     program.write_text(WATCHED)
+    with socket.create_server(("localhost", 0)) as free:  # versions of accelerate differ in what they make of port 0
+        launcher = [str(free.getsockname()[1]) if word == "PORT" else word for word in launcher]
     settings = ["--steps", "3", "--cpu", "--width", "8", "--evaluation-samples", "0", "--batch-size", "16"]
     finished = subprocess.run(
         [sys.executable, "-m", *launcher, program, *settings, *flags, "--output-dir", tmp_path / "run"],
