@@ -165,7 +165,8 @@ class SpeechDiscriminator(nn.Module):
 
     def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
         """Samples (B, 1, T), labels int64 (B,) if there are classes -> logits (B, 1)."""
-        power = spectrogram(x[:, 0], self.window, HOP)[..., :-1]
+        # a copy of the window: DDP writes buffers anew in each forward pass, also those that a graph still needs
+        power = spectrogram(x[:, 0], self.window.clone(), HOP)[..., :-1]
         # from silence to the loudest tone: log FLOOR^2 to 0, brought to [-1, 1]
         features = self.features(1 - (power + FLOOR**2).log() / math.log(FLOOR))
         logits = self.logit(features)
