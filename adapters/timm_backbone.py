@@ -62,7 +62,8 @@ class BackboneInput(nn.Module):
         """Samples (B, 1 or 3, H, W) -> (B, 3, *size); a grey sample stands in all three channels."""
         if x.shape[-2:] != self.size:  # with antialias, since every pixel counts also where the size shrinks
             x = interpolate(x, self.size, mode=self.interpolation, antialias=True)
-        return x * self.scale + self.shift
+        # a copy: DDP writes buffers anew in each forward pass, also those that a graph still needs
+        return x * self.scale.clone() + self.shift
 
 
 class Head(nn.Module):
