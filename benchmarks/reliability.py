@@ -11,6 +11,7 @@ import contextlib
 import io
 import json
 import multiprocessing
+import multiprocessing.connection
 import os
 import pickle
 import platform
@@ -22,11 +23,11 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -130,11 +131,30 @@ def processes() -> multiprocessing.context.ForkServerContext:
     return context
 
 
-def start(config: Config, log: Path) -> BaseProcess:
-    """`gac train` in such a process; what it says goes to a file."""
-    process = processes().Process(target=_train_here, args=(config, log))
-    process.start()
-    return process
+class Life:
+    """`gac train` in such a process; what it says goes to a file.
+
+    multiprocessing asks all children for their exit codes whenever one starts, and an exit code can be read only once:
+    in threads that takes a lock.
+    """
+
+    _lock = threading.Lock()
+
+    def __init__(self, config: Config, log: Path) -> None:
+        self._process = processes().Process(target=_train_here, args=(config, log))
+        with self._lock:
+            self._process.start()
+
+    def wait(self, seconds: float) -> int | None:
+        """The exit code; None if it is still running after so many seconds."""
+        multiprocessing.connection.wait([self._process.sentinel], seconds)
+        with self._lock:
+            return self._process.exitcode
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        with self._lock:
+            self._process.kill()
 
 
 def _train_here(config: Config, log: Path) -> None:
@@ -146,9 +166,7 @@ def _train_here(config: Config, log: Path) -> None:
 def finish(config: Config) -> tuple[int | None, str]:
     """Run to the end: the exit code, and what was said."""
     log = Path(f"{config.output_dir}.log")
-    process = start(config, log)
-    process.join(PATIENCE)
-    return process.exitcode, log.read_text()
+    return Life(config, log).wait(PATIENCE), log.read_text()
 
 
 def program(config: Config, count: int = 1) -> list[str]:
@@ -286,8 +304,8 @@ def kills(options: Options) -> list[Finding]:
     whole = [replace(TINY, seed=options.seed + n, output_dir=str(folder / f"whole-{n}")) for n in range(KILLED_RUNS)]
     began = time.perf_counter()
     with ThreadPoolExecutor(LANES) as pool:
-        codes = [code for code, _ in pool.map(finish, whole)]
-        assert codes == [0] * KILLED_RUNS, codes
+        for code, said in pool.map(finish, whole):
+            assert code == 0, f"ended with {code}: {said}"
         seconds = (time.perf_counter() - began) * LANES / KILLED_RUNS
         expected = [outcome(Path(config.output_dir or "")) for config in whole]
         shares = [options.kills * (lane + 1) // LANES - options.kills * lane // LANES for lane in range(LANES)]
@@ -335,20 +353,20 @@ def _kill_on_and_on(
         while code is None:
             before = under_way(run)
             (folder / "log").write_text("")  # what the life before said is not this one's, however short it is
-            life = start(config, folder / "log")
+            life = Life(config, folder / "log")
             if tally.kills < wanted:
                 _wait_for_a_moment(life, run, random, seconds)
                 life.kill()
-            life.join(PATIENCE)
+            ended = life.wait(PATIENCE)
             said = (folder / "log").read_text()
             resumed = GOING_ON.search(said)
             if resumed:
                 tally.resumes += 1
                 tally.lost = max(tally.lost, owed - int(resumed[1]))
-            if life.exitcode not in (0, -signal.SIGKILL) or "is damaged" in said:
-                tally.failures.append(f"{run.name} ended with {life.exitcode}: {said[-500:]}")
+            if ended not in (0, -signal.SIGKILL) or "is damaged" in said:
+                tally.failures.append(f"{run.name} ended with {ended}: {said[-500:]}")
                 break
-            if life.exitcode == 0:
+            if ended == 0:
                 code = 0
                 if owed and not resumed:
                     tally.lost = max(tally.lost, owed)
@@ -366,14 +384,14 @@ def _kill_on_and_on(
     return tally
 
 
-def _wait_for_a_moment(life: BaseProcess, run: Path, random: Random, seconds: float) -> None:
+def _wait_for_a_moment(life: Life, run: Path, random: Random, seconds: float) -> None:
     """A random time, up to half of what a whole run takes; or until just after a save has begun."""
     if random.random() < 0.5:
-        life.join(random.uniform(0, seconds / 2))
+        life.wait(random.uniform(0, seconds / 2))
         return
     for _ in range(random.randint(1, 4)):
         before = {name for name, *_ in under_way(run)}
-        while life.exitcode is None and not {name for name, *_ in under_way(run)} - before:
+        while life.wait(0) is None and not {name for name, *_ in under_way(run)} - before:
             time.sleep(0.0005)
     time.sleep(random.uniform(0, 0.02))
 
@@ -513,15 +531,17 @@ def _stop_two_processes(options: Options, base: Config) -> Finding:
     code, told = call(program(replace(config, resume="auto"), 2), options.work / "launched.log")
     resumed = GOING_ON.search(told)
     whole = replace(base, output_dir=str(options.work / "launched-whole"))
-    whole_code, _ = call(program(whole, 2), options.work / "launched-whole.log")
+    whole_code, whole_told = call(program(whole, 2), options.work / "launched-whole.log")
     failures = []
     if not saved or stopped != [int(saved[1])]:
         failures.append(f"SIGTERM to torchrun left {stopped}: {said[-500:]}")
     if left:
         failures.append(f"{len(left)} processes are left")
-    if code or whole_code or not resumed or [int(resumed[1])] != stopped:
-        failures.append(f"resuming in two processes ended with {code}: {told[-500:]}")
-    else:
+    if whole_code:
+        failures.append(f"two processes that were not stopped ended with {whole_code}: {whole_told[-3000:]}")
+    if code or not resumed or [int(resumed[1])] != stopped:
+        failures.append(f"resuming in two processes ended with {code}: {told[-3000:]}")
+    if not failures:
         failures += [f"differs in {name}" for name in differences(run, outcome(Path(whole.output_dir or "")))]
     return Finding(
         "SIGTERM to torchrun with two processes",
