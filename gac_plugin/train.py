@@ -13,6 +13,7 @@ from gac_plugin.errors import exit_code
 from gac_plugin.training.config import GROUPS, PRESETS, Config, field_type, make_config, read_config
 from gac_plugin.training.files import MARK
 from gac_plugin.training.loop import Result, train
+from gac_plugin.training.processes import leave
 from gac_plugin.training.stopping import Stop
 
 
@@ -99,4 +100,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

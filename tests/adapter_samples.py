@@ -15,6 +15,7 @@ from torch import Tensor
 
 from gac_plugin import GAC, ConjugateGradient
 from gac_plugin.training.networks import Recipe, adapter_names, find_adapter
+from gac_plugin.training.processes import leave
 
 DEFAULT = {"sample_shape": [3, 16, 16], "latent_size": 5, "width": 8, "depth": 2, "output": "tanh"}
 SMALL: dict[str, dict[str, Any]] = {
@@ -89,3 +90,4 @@ def main(file: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    leave(0)

@@ -18,6 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from gac_plugin import GAC, METRICS, ConjugateGradient, GradientPenalty
+from gac_plugin.training.processes import leave
 
 STEPS, BATCH, LATENT, SHAPE = 20, 8, 3, (1, 2, 3)
 SPOILED = {7: float("nan"), 12: float("inf")}
@@ -153,3 +154,4 @@ def main(file: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    leave(0)

@@ -21,6 +21,7 @@ from gac_plugin.adapters.autoencoder import (
     half_squared_error,
     kl_to_standard_normal,
 )
+from gac_plugin.training.processes import leave
 
 BATCH, SIZE, CODE = 6, (2, 3), 2
 RATE, BETA2 = 0.01, 0.99
@@ -518,3 +519,4 @@ if __name__ == "__main__":  # one of the two processes
     if process.is_main_process:
         save_file(parameters, sys.argv[1])
     process.end_training()
+    leave(0)

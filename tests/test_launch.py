@@ -170,10 +170,11 @@ WATCHED = """
 import sys
 from accelerate import PartialState
 from gac_plugin.train import main
+from gac_plugin.training.processes import leave
 
 code, state = main(sys.argv[1:]), PartialState()
 print(f"process {state.process_index} of {state.num_processes} ended with {code}\\n", end="", flush=True)
-sys.exit(code)
+leave(code)
 """
 TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 ACCELERATE = ("accelerate.commands.launch", "--num_processes", "2", "--mixed_precision", "no", "--num_machines", "1")

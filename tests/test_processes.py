@@ -1,5 +1,6 @@
 """Several processes: the parameters are those of one process with the whole batch, for every recipe."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,14 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from two_processes import CASES, networks, train
+
+PROGRAM = """
+import atexit, sys
+from gac_plugin.training.processes import leave
+atexit.register(print, "taken apart")
+print("told", end=" ")
+leave(int(sys.argv[1]))
+"""
 
 
 @pytest.fixture(scope="module")
@@ -41,3 +50,17 @@ def test_two_processes_with_half_the_batch_each_equal_one_with_all_of_it(in_two_
     tolerance = 1e-9 if case.dtype == torch.float64 else 1e-5
     for key, value in expected.items():
         torch.testing.assert_close(in_two_processes[f"{name} {key}"], value, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("code", [0, 2, 130])
+@pytest.mark.parametrize(("started", "said"), [("1", "told taken apart\n"), ("2", "told ")])
+def test_one_of_several_leaves_at_once_and_says_all_it_had_to(started, said, code):
+    finished = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(code)],
+        env={**os.environ, "WORLD_SIZE": started},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert (finished.returncode, finished.stdout) == (code, said), finished.stderr

@@ -4,8 +4,10 @@ Every function here is called by all processes, in the same order. With one proc
 """
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
 import torch
 from accelerate import PartialState
@@ -83,3 +85,16 @@ def together() -> Iterator[None]:
 def main_only(mistake: UsageError) -> UsageError:
     """Of a mistake that all processes know, what this one is to raise, so that it is told once."""
     return mistake if PartialState().is_main_process else SaidElsewhereError(str(mistake))
+
+
+def leave(code: int) -> NoReturn:
+    """End this process: at once, if it is one of several that a launcher started.
+
+    A thread of torch's gloo lives on after the process group is destroyed, and may still hold what was exchanged last.
+    If it lets go of a tensor while Python takes itself apart, the process aborts, and its launcher ends the others.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
