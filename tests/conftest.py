@@ -1,12 +1,32 @@
-"""Fixed seeds, and tiny float64 networks whose Jacobians can be written out."""
+"""Fixed seeds, a stand-in for the Hub, and tiny float64 networks whose Jacobians can be written out."""
 
+import atexit
+import gc
 import math
+import os
+import shutil
+import tempfile
+import time
+import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from hub_server import Hub, Server
 from torch import distributed, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+
+CACHE = Path(tempfile.mkdtemp(prefix="hub-cache-"))
+HUB_SERVER = Server()
+# the Hub's clients read these when they are imported, which is after this
+for name in [name for name in os.environ if name.startswith(("HF_", "HUGGING_FACE_"))]:
+    del os.environ[name]
+os.environ |= {"HF_ENDPOINT": HUB_SERVER.endpoint, "HF_HOME": str(CACHE)}
+os.environ |= {"HF_HUB_DOWNLOAD_TIMEOUT": "5", "HF_HUB_ETAG_TIMEOUT": "5", "HF_HUB_DISABLE_XET": "1"}
+os.environ |= dict.fromkeys((f"HF_HUB_DISABLE_{what}" for what in ("TELEMETRY", "PROGRESS_BARS", "UPDATE_CHECK")), "1")
+atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
 
 torch.set_num_threads(1)
 LATENT = 3
@@ -15,6 +35,30 @@ LATENT = 3
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def hub(monkeypatch) -> Iterator[Hub]:
+    """A fresh, empty Hub behind HF_ENDPOINT; the clients remember nothing of earlier ones, and do not wait to retry."""
+    from huggingface_hub import HfFileSystem, file_download
+    from huggingface_hub.utils import _http
+
+    shutil.rmtree(CACHE, ignore_errors=True)
+    HfFileSystem.clear_instance_cache()
+    for module in (_http, file_download):
+        monkeypatch.setattr(module, "time", SimpleNamespace(sleep=lambda seconds: None, time=time.time))
+    HUB_SERVER.hub = Hub(HUB_SERVER.endpoint)
+    yield HUB_SERVER.hub
+    HUB_SERVER.hub = None
+
+
+@pytest.fixture
+def streams() -> Iterator[None]:
+    """For a test that streams a data set: `datasets` leaves the event loop in which it decodes open."""
+    yield
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        gc.collect()
 
 
 @pytest.fixture
