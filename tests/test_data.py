@@ -16,9 +16,10 @@ from sklearn.datasets import load_digits
 
 from gac_plugin.errors import UsageError
 from gac_plugin.training.config import Config
-from gac_plugin.training.data import dataset_path, load_data
+from gac_plugin.training.data import load_data
 from gac_plugin.training.images import Stored
 from gac_plugin.training.source import Decoded, Source, sample
+from gac_plugin.training.splits import dataset_path
 
 
 def load_images(config: Config) -> tuple[Source, Decoded]:

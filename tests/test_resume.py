@@ -234,8 +234,9 @@ def test_the_exit_code_of_a_stopped_run(tmp_path, signal_at, number, code):
     assert not (tmp_path / "run" / "generator").exists()
 
 
-def test_in_two_processes_as_well(tmp_path):
-    """Interrupted without loader workers and resumed with two, against the whole run with two."""
+@pytest.mark.parametrize("later", [("--workers", "2"), ("--streaming", "--shuffle-buffer", "64")], ids=" ".join)
+def test_in_two_processes_as_well(tmp_path, later):
+    """Interrupted and resumed against the whole run; loader workers, unlike a stream, may come in later."""
     arguments = ["--cpu", "--width", "16", "--batch-size", "16", "--evaluation-samples", "0", "--log-every", "8"]
 
     def launch(name: str, *more: str) -> Path:
@@ -248,8 +249,8 @@ def test_in_two_processes_as_well(tmp_path):
         assert finished.returncode == 0, finished.stderr[-2000:]
         return tmp_path / name
 
-    whole = launch("whole", "--steps", "24", "--sample-every", "8", "--workers", "2")
-    launch("parts", "--steps", "16", "--sample-every", "8")
-    parts = launch("parts", "--steps", "24", "--sample-every", "8", "--workers", "2", "--resume", "auto")
+    whole = launch("whole", "--steps", "24", "--sample-every", "8", *later)
+    launch("parts", "--steps", "16", "--sample-every", "8", *(() if "--workers" in later else later))
+    parts = launch("parts", "--steps", "24", "--sample-every", "8", *later, "--resume", "auto")
     assert_same_run(whole, parts)
     assert read_checkpoint(parts / "checkpoints" / "step-0000024").facts["processes"] == 2

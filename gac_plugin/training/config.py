@@ -49,16 +49,26 @@ class Config:
         UsageError: a value is out of range or a name is unknown.
     """
 
-    dataset: str = setting(EMBEDDED, "'digits' (embedded), a folder in Hub layout, or a data set's name on the Hub")
-    split: str = setting("train", "split to train on")
-    test_split: str = setting("test", "split to evaluate against; the training split where there is none")
+    dataset: str = setting(
+        EMBEDDED,
+        "'digits' (embedded), a data set's name on the Hub, or a folder: parquet, csv, json, tar (webdataset), images "
+        "or sounds, one folder for each class",
+    )
+    subset: str | None = setting(None, "configuration of a data set that has several")
+    revision: str | None = setting(None, "branch, tag or commit of a data set on the Hub")
+    split: str = setting("train", "split to train on, or a part of one: train[:90%]")
+    test_split: str = setting("test", "split to evaluate against, likewise; the training split where there is none")
     column: str | None = setting(None, "column with the samples; found by its type where only one fits")
+    label_column: str | None = setting(None, "column with the class labels; found by its type where only one fits")
     conditional: bool = setting(False, "tell both networks the class labels of the data set")
+    streaming: bool = setting(False, "read training samples as they are needed, for data larger than memory and disk")
+    shuffle_buffer: int = setting(10_000, "samples that streaming shuffles together; twice as many are in memory")
     image_size: int | None = setting(None, "resize and centre-crop images to this many pixels square")
     workers: int = setting(
         0,
         "processes that decode images as they are needed, for data larger than memory; 0: decode all into memory first",
     )
+    max_unreadable: int = setting(100, "rows of a split that may be damaged, and are left out; 0: none")
     output_dir: str | None = setting(None, "run folder; default: the next free runs/DATASET-N")
     overwrite: bool = setting(False, "replace the run that --output-dir holds")
 
@@ -157,6 +167,8 @@ class Config:
         if self.optimizer == "adam" and self.rule != "none":
             raise UsageError(f"--rule {self.rule} needs --optimizer conjugate; torch's adam takes no rule")
         parse_options(self.options)
+        if self.streaming and self.workers:
+            raise UsageError("--streaming reads by itself; leave out --workers")
         if not self.dataset:
             raise UsageError("--dataset is empty; give a folder, the name of a data set on the Hub, or 'digits'")
         if 0 < self.evaluation_samples < FEWEST_TO_EVALUATE:
@@ -207,7 +219,7 @@ MAY_CHANGE = frozenset(
 """Settings under which a run may be resumed that differ from those it began with."""
 
 _LEAST: dict[str, float] = {
-    **dict.fromkeys(("image_size", "latent_size", "width", "depth", "penalty_interval"), 1),
+    **dict.fromkeys(("image_size", "shuffle_buffer", "latent_size", "width", "depth", "penalty_interval"), 1),
     **dict.fromkeys(("steps", "batch_size", "accumulation", "log_every", "sample_every", "keep_checkpoints"), 1),
     **dict.fromkeys(("r1", "r2", "beta_max", "lr_generator", "lr_discriminator", "beta1", "beta2", "ema"), 0),
     **dict.fromkeys(("evaluation_samples", "evaluate_every", "checkpoint_every", "seed", "workers"), 0),

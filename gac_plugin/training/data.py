@@ -1,28 +1,25 @@
-"""Finding the samples of a data set: embedded, a local folder, or on the Hub; images, or what an adapter reads.
+"""The samples of a data set as a run takes them: in memory, decoded as they are needed, or streamed."""
 
-Every data set goes through `datasets.load_dataset`. The column is found by its type, and the codec by the column.
-"""
-
-from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Audio, Dataset, load_dataset
-from datasets.exceptions import DatasetsError
+from datasets import Audio, Image
 from torch import Tensor
 
 from gac_plugin.errors import UsageError
 from gac_plugin.protocols import Codec, Encoder, Medium
-from gac_plugin.training.config import EMBEDDED, Config
+from gac_plugin.training.columns import Labels, find_column, find_labels
+from gac_plugin.training.config import Config
+from gac_plugin.training.decoding import decode as decode_image
+from gac_plugin.training.decoding import fitted
 from gac_plugin.training.images import ImageCodec, Stored, stored_images
-from gac_plugin.training.networks import Recipe, adapter_names, find_adapter
-from gac_plugin.training.source import Decoded, Source, first_line, sample
-
-IMAGES = "Image"
+from gac_plugin.training.networks import Recipe, find_adapter
+from gac_plugin.training.source import KNOWN, Decoded, Source, first_line, sample
+from gac_plugin.training.splits import ROWS_THAT_TELL, Rows, first_rows, open_split, open_splits
+from gac_plugin.training.streaming import Stream
+from gac_plugin.training.unreadable import Unreadable, UnreadableError
 
 
 @dataclass(frozen=True)
@@ -37,7 +34,7 @@ class Data:
         adapter: the adapter whose networks make such samples; None leaves the choice to `choose_recipe`.
     """
 
-    train: Source
+    train: Source | Stream
     test: Decoded
     codec: Codec
     adapter: str | None
@@ -45,6 +42,8 @@ class Data:
     @property
     def classes(self) -> int:
         """The number of classes, 0 where there are no labels or some are missing (below 0)."""
+        if isinstance(self.train, Stream):
+            return self.train.classes
         labels = self.train.labels
         return 0 if labels is None or int(labels.min()) < 0 else int(labels.max()) + 1
 
@@ -71,164 +70,173 @@ def load_data(config: Config, device: torch.device | str = "cpu") -> Data:
     """The samples that a configuration names.
 
     Args:
-        config: names the data set, and says whether training images are decoded by workers or into memory.
+        config: names the data set, and says whether training samples are decoded into memory, by workers, or streamed.
         device: where to keep training samples that are in memory.
 
     Raises:
         UsageError: no such data set or split; no column that can be read, or several; no rows; images of mixed sizes
             without `config.image_size`; a cell that cannot be decoded; labels asked for where there are none.
     """
-    splits = _load(config.dataset)
-    if config.split not in splits:
-        raise UsageError(f"data set {config.dataset!r} has no split {config.split!r}; it has: {', '.join(splits)}")
-    rows = splits[config.split]
-    if len(rows) == 0:
-        raise UsageError(f"split {config.split!r} of data set {config.dataset!r} is empty")
-    column, adapter = _column(rows, config)
+    splits = open_splits(config)
+    train = _split(open_split(splits, config.split, config), config.split, config)
+    has_test = config.test_split.partition("[")[0] in splits and config.test_split != config.split
+    test = None
+    if has_test:
+        test = _split(open_split(splits, config.test_split, config), config.test_split, config, train.labels)
+    adapter = find_column(train.rows.features, config)[1]
     medium = None if adapter is None else find_adapter(adapter).medium
-    has_test = config.test_split in splits and config.test_split != config.split
-    tested = splits[config.test_split] if has_test else None
-    data = (
-        _images(rows, tested, column, config, device, adapter)
-        if medium is None
-        else _encoded(rows, tested, column, config, device, adapter, medium)
-    )
+    if config.streaming:
+        data = _streamed(train, test, config, adapter, medium)
+    elif medium is None:
+        data = _images(train, test, config, device, adapter)
+    else:
+        data = _encoded(train, test, config, device, adapter, medium)
     if config.conditional and not data.classes:
         raise UsageError(
-            f"--conditional needs a class label for every row, and data set {config.dataset!r} has none; leave it out"
+            f"--conditional needs a class label for every row, and data set {config.dataset!r} has none; leave it out, "
+            "or name the column with --label-column"
         )
     return data
 
 
+@dataclass(frozen=True)
+class _Split:
+    """The rows of a split, and which of their columns are read."""
+
+    rows: Rows
+    name: str
+    column: str
+    labels: Labels | None
+
+    @property
+    def feature(self) -> Any:
+        return self.rows.features[self.column]
+
+    def class_numbers(self) -> Tensor | None:
+        """Of all rows, in memory."""
+        return (
+            None if self.labels is None or self.labels.column not in self.rows.features else self.labels.of(self.rows)
+        )
+
+    def undecoded(self) -> Rows:
+        """The rows with the columns that are read, and the samples as they are in the files."""
+        kept = [self.column] if self.labels is None else [self.column, self.labels.column]
+        rows = self.rows.select_columns(kept)
+        if isinstance(self.feature, Audio | Image):
+            rows = rows.cast_column(self.column, type(self.feature)(decode=False))
+        return rows
+
+
+def _split(rows: Rows, name: str, config: Config, labels: Labels | None = None) -> _Split:
+    return _Split(rows, name, find_column(rows.features, config)[0], labels or find_labels(rows, config))
+
+
 def _images(
-    rows: Dataset, tested: Dataset | None, column: str, config: Config, device: torch.device | str, adapter: str | None
+    train: _Split, test: _Split | None, config: Config, device: torch.device | str, adapter: str | None
 ) -> Data:
-    stored = stored_images(rows, column, _labels(rows), config.split, config.image_size)
-    train: Decoded | Stored = stored if config.workers else stored.in_memory().to(device)
-    if tested is None:
-        test = train if isinstance(train, Decoded) else sample(train)
+    stored = stored_images(train.rows, train.column, train.class_numbers(), train.name, config.image_size)
+    real: Decoded | Stored = stored if config.workers else stored.in_memory().to(device)
+    if test is None:
+        held_out = real if isinstance(real, Decoded) else sample(real)
     else:
-        test = stored_images(
-            tested, _column(tested, config)[0], _labels(tested), config.test_split, config.image_size
-        ).in_memory()
-        if 3 in (train.sample_shape[0], test.sample_shape[0]):
-            train, test = train.in_colour(), test.in_colour()
-        if train.sample_shape != test.sample_shape:
+        held_out = stored_images(test.rows, test.column, test.class_numbers(), test.name, config.image_size).in_memory()
+        if 3 in (real.sample_shape[0], held_out.sample_shape[0]):
+            real, held_out = real.in_colour(), held_out.in_colour()
+        if real.sample_shape != held_out.sample_shape:
             raise UsageError(
-                f"images of the splits {config.split!r} and {config.test_split!r} differ in shape: "
-                f"{train.sample_shape} and {test.sample_shape}; pass --image-size"
+                f"images of the splits {train.name!r} and {test.name!r} differ in shape: "
+                f"{real.sample_shape} and {held_out.sample_shape}; pass --image-size"
             )
-    return Data(train, test, ImageCodec(train.sample_shape, config.output), adapter)
+    return Data(real, held_out, ImageCodec(real.sample_shape, config.output), adapter)
 
 
 def _encoded(
-    rows: Dataset,
-    tested: Dataset | None,
-    column: str,
+    train: _Split,
+    test: _Split | None,
     config: Config,
     device: torch.device | str,
     adapter: str | None,
     medium: Medium,
 ) -> Data:
-    options = {name: value for name, value in config.adapter_options.items() if name in medium.options}
-    codec = medium.fit(_cells(rows, column), options)
-    train = _in_memory(rows, column, codec, config.split)
-    test = train if tested is None else _in_memory(tested, column, codec, config.test_split)
-    return Data(train.to(device), test, codec, adapter)
+    codec = medium.fit(_cells(train), _codec_options(config, medium))
+    real = _in_memory(train, codec)
+    held_out = real if test is None else _in_memory(test, codec)
+    return Data(real.to(device), held_out, codec, adapter)
 
 
-def _in_memory(rows: Dataset, column: str, codec: Encoder, split: str) -> Decoded:
+def _codec_options(config: Config, medium: Medium) -> dict[str, Any]:
+    return {name: value for name, value in config.adapter_options.items() if name in medium.options}
+
+
+def _in_memory(split: _Split, codec: Encoder) -> Decoded:
     values = []
-    for index, cell in enumerate(_cells(rows, column)):
+    for index, cell in enumerate(_cells(split)):
         try:
             values.append(codec.encode(cell))
         except UsageError as error:
-            raise UsageError(f"row {index} of split {split!r}: {error}") from error
-    return Decoded(torch.stack(values), _labels(rows), split)
+            raise UsageError(f"row {index} of split {split.name!r}: {error}") from error
+    return Decoded(torch.stack(values), split.class_numbers(), split.name)
 
 
-def _cells(rows: Dataset, column: str) -> Iterator[Any]:
+def _cells(split: _Split) -> Iterator[Any]:
     """The undecoded cells of a column."""
-    if isinstance(rows.features[column], Audio):
-        rows = rows.cast_column(column, Audio(decode=False))
     try:
-        yield from rows.select_columns(column)[column]
+        yield from split.undecoded()[split.column]
     except UnicodeDecodeError as error:
-        raise UsageError(f"column {column!r} holds text that is not UTF-8: {error}; convert it") from error
+        raise UsageError(f"column {split.column!r} holds text that is not UTF-8: {error}; convert it") from error
 
 
-def dataset_path(dataset: str) -> str:
-    """What to hand to `datasets.load_dataset`: the embedded data set's folder, or the path or Hub name as given.
-
-    Raises:
-        UsageError: something that can only be a local path does not exist.
-    """
-    if dataset == EMBEDDED:
-        return str(files("gac_plugin") / "digits")
-    local = Path(dataset).expanduser()
-    if local.is_file():
-        raise UsageError(f"{dataset!r} is a file; give the folder that holds the data set")
-    if local.is_dir():
-        return str(local)
-    if dataset.startswith((".", "/", "~")) or dataset.count("/") > 1:
-        raise UsageError(f"no folder {dataset!r}; give a folder in Hub layout, a data set on the Hub, or {EMBEDDED!r}")
-    return dataset
+def _streamed(train: _Split, test: _Split | None, config: Config, adapter: str | None, medium: Medium | None) -> Data:
+    codec, decode = _image_reader(train, config) if medium is None else _encoder(train, config, medium)
+    real = _stream(train, decode, config)
+    held_out = (real if test is None else _stream(test, decode, config)).sample(KNOWN)
+    return Data(real, held_out, codec, adapter)
 
 
-def _load(dataset: str) -> Mapping[str, Dataset]:
-    source = dataset_path(dataset)
-    try:
-        return load_dataset(source)
-    except (OSError, ValueError, DatasetsError) as error:
-        reason = error.__cause__ if isinstance(error.__cause__, UnicodeDecodeError) else error
-        raise UsageError(
-            f"cannot load data set {dataset!r}: {first_line(reason)}; check the name or folder, and that it holds rows"
-        ) from error
+def _stream(split: _Split, decode: Callable[[Any], Tensor], config: Config) -> Stream:
+    labels = split.labels if split.labels is not None and split.labels.column in split.rows.features else None
+    return Stream(
+        split.undecoded(),
+        split.column,
+        None if labels is None else labels.column,
+        decode,
+        0 if labels is None else labels.count,
+        config.shuffle_buffer,
+        Unreadable(split.name, limit=config.max_unreadable),
+    )
 
 
-def _column(rows: Dataset, config: Config) -> tuple[str, str | None]:
-    """The column with the samples, and the adapter that reads its type; None for images, which several do."""
-    kinds = {name: _kind(feature) for name, feature in rows.features.items()}
-    listing = ", ".join(f"{name} ({kind})" for name, kind in kinds.items())
-    if config.column is not None and config.column not in kinds:
-        raise UsageError(f"no column {config.column!r} in the data set; its columns: {listing}")
-    if config.adapter is not None:
-        medium = find_adapter(config.adapter).medium
-        readers = {IMAGES if medium is None else medium.column: config.adapter}
-    elif IMAGES in kinds.values() and kinds.get(config.column or "", IMAGES) == IMAGES:
-        readers = {IMAGES: ""}
-    else:
-        readers = {IMAGES: "", **_readers()}
-    chosen = {config.column: kinds[config.column]} if config.column is not None else kinds
-    for kind, adapter in readers.items():
-        fitting = [name for name, found in chosen.items() if found == kind]
-        if len(fitting) > 1:
-            raise UsageError(f"several {kind} columns: {', '.join(fitting)}; choose one with --column")
-        if fitting:
-            return fitting[0], adapter or None
-    what = f"column {config.column!r}" if config.column is not None else "the data set"
-    reader = f"adapter {config.adapter!r}" if config.adapter is not None else "an installed adapter"
-    raise UsageError(f"{what} holds nothing that {reader} reads ({', '.join(readers)}); columns: {listing}")
+def _image_reader(split: _Split, config: Config) -> tuple[Codec, Callable[[Any], Tensor]]:
+    """How the images of a stream are read; the first ones tell their shape, in colour if any one is."""
+    found, reason = [], "there are none"
+    for cell in _first_cells(split, ROWS_THAT_TELL, config):
+        try:
+            found.append(decode_image(cell, split.feature, config.image_size))
+        except UnreadableError as error:
+            reason = str(error)
+    if not found:
+        raise UsageError(f"none of the first {ROWS_THAT_TELL} images of split {split.name!r} can be read: {reason}")
+    shape = (3 if any(image.ndim == 3 for image in found) else 1, *found[0].shape[:2])
+
+    def decode(cell: Any) -> Tensor:
+        image = decode_image(cell, split.feature, config.image_size)
+        return torch.tensor(fitted(image, shape, f"an image of split {split.name!r}"))
+
+    return ImageCodec(shape, config.output), decode
 
 
-def _readers() -> dict[str, str]:
-    """Types of columns other than images, each with the first adapter that reads it; plain text comes last."""
-    found: dict[str, str] = {}
-    for name in adapter_names():
-        with suppress(UsageError):  # one that cannot be imported does not stand in the others' way
-            medium = find_adapter(name).medium
-            if medium is not None:
-                found.setdefault(medium.column, name)
-    return dict(sorted(found.items(), key=lambda entry: entry[0] == "string"))
+def _encoder(split: _Split, config: Config, medium: Medium) -> tuple[Codec, Callable[[Any], Tensor]]:
+    codec = medium.fit(_first_cells(split, KNOWN, config), _codec_options(config, medium))
+
+    def encode(cell: Any) -> Tensor:
+        try:
+            return codec.encode(cell)
+        except UsageError as error:
+            raise UnreadableError(str(error)) from error
+
+    return codec, encode
 
 
-def _kind(feature: Any) -> str:
-    name = type(feature).__name__
-    return str(feature.dtype).removeprefix("large_") if name == "Value" else name
-
-
-def _labels(rows: Dataset) -> Tensor | None:
-    for name, feature in rows.features.items():
-        if type(feature).__name__ == "ClassLabel":
-            return torch.tensor(rows.select_columns(name).with_format("numpy")[:][name], dtype=torch.int64)
-    return None
+def _first_cells(split: _Split, count: int, config: Config) -> list[Any]:
+    """The first undecoded cells of a stream."""
+    return [row[split.column] for row in first_rows(split.undecoded(), count, config)]

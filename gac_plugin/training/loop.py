@@ -21,11 +21,11 @@ from tqdm.auto import tqdm
 
 from gac_plugin.errors import UsageError
 from gac_plugin.strategy import Stats
-from gac_plugin.training.batches import batches
 from gac_plugin.training.checkpoint import Checkpoint, Checkpoints, Stateful, newest_intact, read_checkpoint
 from gac_plugin.training.config import FEWEST_TO_EVALUATE, Config
 from gac_plugin.training.data import Data, load_data
 from gac_plugin.training.evaluate import Evaluation, Features, evaluate, make_features
+from gac_plugin.training.feed import Feed
 from gac_plugin.training.files import next_run, run_folder, write_json
 from gac_plugin.training.game import Game
 from gac_plugin.training.generate import generate
@@ -35,7 +35,7 @@ from gac_plugin.training.journal import GRID, METRICS, Journal, tracker_names
 from gac_plugin.training.networks import Recipe, choose_recipe
 from gac_plugin.training.processes import everyones, from_main, main_only, require_one_run, together
 from gac_plugin.training.random_states import RandomStates
-from gac_plugin.training.source import Decoded, sample
+from gac_plugin.training.source import Decoded
 from gac_plugin.training.stopping import Goal, Signals, Stop
 
 AGREE_EVERY = 10
@@ -116,21 +116,20 @@ class _Run:
         data: Data,
     ) -> None:
         self.config, self.folder, self.accelerator, self.recipe = config, folder, accelerator, recipe
-        self.real, self.test, self.codec = data.train, data.test, data.codec
-        labels = data.train.labels
-        self.labels = labels.to(accelerator.device) if recipe.classes and labels is not None else None
+        self.data, self.codec = data, data.codec
+        self.feed = Feed(config, data, accelerator.process_index, accelerator.num_processes, accelerator.device)
         self.main = accelerator.is_main_process
         self.game = Game(config, *networks, accelerator)
         self.random = RandomStates()
         self.health = Health(self.game.gac.loss, _say)
-        few = self.codec.to_samples(sample(self.real, GRID).values.to(accelerator.device))
+        few = self.codec.to_samples(self.feed.known(GRID).values.to(accelerator.device))
         self.journal = Journal(config, self.codec, recipe.classes, folder, accelerator, self.health, few)
         self.checkpoints: Checkpoints | None = None
         self.features: Features | None = None
         self.evaluation: tuple[int, Evaluation] | None = None
         self.goal = Goal.parse(config.until) if config.until else None
         self.best: dict[str, float] = {}
-        self.step = self.saved = self.first_step = self.first_batch = 0
+        self.step = self.saved = self.first_step = 0
         self.seconds_before = 0.0
         self.mistake: UsageError | None = None
         # for networks that draw numbers of their own
@@ -155,13 +154,12 @@ class _Run:
         with together():
             checkpoint = found or read_checkpoint(Path(place))
             self.config.require_same_run(checkpoint.facts["config"])
+            self.feed.restore(checkpoint.facts)
             checkpoint.restore(self.parts)
         facts = checkpoint.facts
         self.step = self.saved = self.first_step = checkpoint.step
         self.game.skipped_in_a_row = facts["skipped"]
         self.seconds_before, self.best = facts["seconds"], facts["best"]
-        # the position counts images, so that another number of processes goes on with the same ones
-        self.first_batch = facts["epoch"] * (len(self.real) // self._taken) + facts["images"] // self._taken
         if self.main:
             self._begin(checkpoint.texts[METRICS])
             _say(f"going on from {checkpoint.folder}, step {self.step}")
@@ -209,22 +207,10 @@ class _Run:
 
     def _stream(self) -> Generator[tuple[Tensor, Tensor, dict[str, Tensor]]]:
         """Real samples, latents and conditions of the batches to come, each process's share of them."""
-        config, accelerator = self.config, self.accelerator
-        real = batches(
-            self.real,
-            config.batch_size,
-            self.codec.to_samples,
-            config.seed,
-            accelerator.process_index,
-            accelerator.num_processes,
-            accelerator.device,
-            config.workers,
-            self.first_batch,
-        )
-        return (
-            (samples, self._latents(number), {} if self.labels is None else {"labels": self.labels[rows]})
-            for number, (samples, rows) in enumerate(real, self.step * config.accumulation)
-        )
+        with closing(self.feed.batches()) as real:
+            for number, (samples, labels) in enumerate(real, self.step * self.config.accumulation):
+                conditions = {"labels": labels} if self.recipe.classes and labels is not None else {}
+                yield samples, self._latents(number), conditions
 
     def _latents(self, number: int) -> Tensor:
         """Latents of a batch of the run, shape (batch_size, latent_size): this process's rows of what all draw alike.
@@ -305,14 +291,12 @@ class _Run:
     def _save(self, seconds: float) -> None:
         self.random.collect()
         self.saved = self.step
+        place = self.feed.facts()
         if self.checkpoints is None:
             return
-        seen = self.first_batch + (self.step - self.first_step) * self.config.accumulation
-        epoch, batch = divmod(seen, len(self.real) // self._taken)
         facts = {
             "config": self.config.to_json(),
-            "epoch": epoch,
-            "images": batch * self._taken,
+            **place,
             "processes": self.accelerator.num_processes,
             "seconds": seconds,
             "skipped": self.game.skipped_in_a_row,
@@ -330,18 +314,18 @@ class _Run:
         """The average generator's evaluation at this step."""
         if self.evaluation is None or self.evaluation[0] != self.step:
             config, device = self.config, self.accelerator.device
-            train = sample(self.real)
+            train, test = self.feed.known(), self.data.test
             if self.features is None:
-                self.features = make_features(self._pictures(train), self._pictures(self.test), config.seed, device)
+                self.features = make_features(self._pictures(train), self._pictures(test), config.seed, device)
             count, network = config.evaluation_samples, self.game.average.network
             labels = None
-            if self.labels is not None:  # as often as in the data
+            if self.recipe.classes and (known := self.feed.labels) is not None:  # as often as in the data
                 draw = torch.Generator().manual_seed(config.seed)
-                labels = self.labels.cpu()[torch.randint(len(self.labels), (count,), generator=draw)]
+                labels = known[torch.randint(len(known), (count,), generator=draw)]
             stored = generate(network, self.recipe, count, config.seed, device, labels)
-            known = self.real.values if isinstance(self.real, Decoded) else train.values
-            figures = self.codec.figures(known.cpu(), self.test.values.cpu(), stored.cpu())
-            real, generated = self._pictures(self.test).values.to(device), self.codec.pictures(stored)
+            seen = self.data.train.values if isinstance(self.data.train, Decoded) else train.values
+            figures = self.codec.figures(seen.cpu(), test.values.cpu(), stored.cpu())
+            real, generated = self._pictures(test).values.to(device), self.codec.pictures(stored)
             self.evaluation = self.step, evaluate(self.features, real, generated, labels, figures)
         return self.evaluation[1]
 

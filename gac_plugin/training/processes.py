@@ -11,7 +11,7 @@ from typing import NoReturn
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast, gather
+from accelerate.utils import gather
 
 from gac_plugin.errors import SaidElsewhereError, UsageError
 
@@ -48,18 +48,23 @@ def everyones(value: int) -> list[int]:
     return gather(torch.tensor([value], device=state.device)).tolist()
 
 
-def from_main(text: str) -> str:
-    """The main process's text, in all of them."""
+def everyones_text(text: str) -> list[str]:
+    """The text of each process, in the order of their ranks."""
     state = PartialState()
     if state.num_processes == 1:
-        return text
+        return [text]
     letters = text.encode()
-    (length, *_) = everyones(len(letters))
-    # a padded array of the length that everyone knows by now
-    content = torch.zeros(length, dtype=torch.uint8, device=state.device)
-    if state.is_main_process:
-        content.copy_(torch.tensor(list(letters), dtype=torch.uint8))
-    return bytes(broadcast(content).tolist()).decode()
+    lengths = everyones(len(letters))
+    # padded to the length of the longest, which everyone knows by now
+    content = torch.zeros(max(lengths), dtype=torch.uint8, device=state.device)
+    content[: len(letters)] = torch.tensor(list(letters), dtype=torch.uint8)
+    rows = gather(content).reshape(len(lengths), -1).tolist()
+    return [bytes(row[:length]).decode() for row, length in zip(rows, lengths, strict=True)]
+
+
+def from_main(text: str) -> str:
+    """The main process's text, in all of them."""
+    return everyones_text(text)[0]
 
 
 @contextmanager

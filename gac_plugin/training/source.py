@@ -6,6 +6,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+KNOWN = 10_000
+"""Samples that stand for a split which is not in memory."""
+
 
 class Source(Protocol):
     """The samples of one split as a codec stores them, wherever they are."""
@@ -58,7 +61,7 @@ class Decoded:
         return replace(self, values=self.values.expand(-1, 3, -1, -1).contiguous())
 
 
-def sample(source: Source, count: int = 10_000) -> Decoded:
+def sample(source: Source, count: int = KNOWN) -> Decoded:
     """At most `count` samples of a source in memory, evenly spaced over its rows: the same however it is stored."""
     count = min(count, len(source))
     rows = torch.arange(count) * len(source) // count

@@ -1,0 +1,119 @@
+"""What a run is trained on, batch by batch, and where it stands in that: in memory, stored or streamed."""
+
+import json
+from collections.abc import Generator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gac_plugin.errors import UsageError
+from gac_plugin.training.batches import batches
+from gac_plugin.training.config import Config
+from gac_plugin.training.data import Data
+from gac_plugin.training.processes import everyones_text
+from gac_plugin.training.source import KNOWN, Decoded, Source, sample
+from gac_plugin.training.streaming import Stream
+
+Batch = tuple[Tensor, Tensor | None]
+"""Float32 samples, shape (B, ...), and class labels, int64, shape (B,), if there are any."""
+
+
+class Feed:
+    """The batches of one process.
+
+    Args:
+        config: batch size, seed, workers.
+        data: of the run.
+        rank, processes: this process and how many there are.
+        device: where batches are wanted.
+    """
+
+    def __init__(self, config: Config, data: Data, rank: int, processes: int, device: torch.device) -> None:
+        self.config, self.data, self.rank, self.processes, self.device = config, data, rank, processes, device
+        self._given = 0
+        self._place: Mapping[str, Any] | None = None
+        self._known: dict[int, Decoded] = {}
+
+    def restore(self, facts: Mapping[str, Any]) -> None:
+        """Go on where an earlier run stood.
+
+        Args:
+            facts: of `facts`.
+
+        Raises:
+            UsageError: a stream was read by another number of processes.
+        """
+        if not isinstance(self.data.train, Stream):
+            # the position counts samples, so that another number of processes goes on with the same ones
+            in_epoch = len(self.data.train) // self._taken
+            self._given = facts["epoch"] * in_epoch + facts["images"] // self._taken
+            return
+        if len(facts["streams"]) != self.processes:
+            raise UsageError(
+                f"the run to resume was streamed by {len(facts['streams'])} processes and not by {self.processes}; "
+                "start as many, or leave out --streaming in a new run"
+            )
+        self._place = facts["streams"][self.rank]
+
+    def facts(self) -> dict[str, Any]:
+        """Where the feed stands, JSON values; to be called by all processes."""
+        if isinstance(self.data.train, Stream):
+            return {"streams": [json.loads(text) for text in everyones_text(json.dumps(self._place))]}
+        epoch, batch = divmod(self._given, len(self.data.train) // self._taken)
+        return {"epoch": epoch, "images": batch * self._taken}
+
+    def batches(self) -> Generator[Batch]:
+        """Endless batches, from where the feed stands; see `training.batches.batches` and `Stream.batches`."""
+        train = self.data.train
+        return self._streamed(train) if isinstance(train, Stream) else self._stored(train)
+
+    def known(self, count: int = KNOWN) -> Decoded:
+        """Real samples to compare with, at most `count`: evenly spaced over the split, or a stream's first ones."""
+        train = self.data.train
+        if not isinstance(train, Stream):
+            return sample(train, count)
+        if count not in self._known:
+            self._known[count] = train.sample(count)
+        return self._known[count]
+
+    @property
+    def labels(self) -> Tensor | None:
+        """Class labels of the training samples, int64, shape (N,), on the CPU; of a stream, of its first ones."""
+        train = self.data.train
+        return self.known().labels if isinstance(train, Stream) else train.labels
+
+    @property
+    def _taken(self) -> int:
+        return self.config.batch_size * self.processes
+
+    def _stored(self, source: Source) -> Generator[Batch]:
+        config = self.config
+        labels = None if source.labels is None else source.labels.to(self.device)
+        for samples, rows in batches(
+            source,
+            config.batch_size,
+            self.data.codec.to_samples,
+            config.seed,
+            self.rank,
+            self.processes,
+            self.device,
+            config.workers,
+            self._given,
+        ):
+            self._given += 1
+            yield samples, None if labels is None else labels[rows]
+
+    def _streamed(self, stream: Stream) -> Generator[Batch]:
+        config = self.config
+        for samples, labels, place in stream.batches(
+            config.batch_size,
+            self.data.codec.to_samples,
+            config.seed,
+            self.rank,
+            self.processes,
+            self.device,
+            self._place,
+        ):
+            self._place = place
+            yield samples, labels
