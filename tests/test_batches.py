@@ -19,6 +19,8 @@ from gac_plugin.training.batches import batches, position
 from gac_plugin.training.config import Config
 from gac_plugin.training.data import load_data
 from gac_plugin.training.images import ImageCodec, Stored
+from gac_plugin.training.source import Part
+from gac_plugin.training.unreadable import Unreadable
 
 COUNTING = torch.arange(10, dtype=torch.uint8).reshape(10, 1, 1, 1)
 TANH = ImageCodec((1, 8, 8), "tanh").to_samples
@@ -83,13 +85,14 @@ def test_batches_before_the_start_are_not_read():
         """Pixels that note which rows are asked for."""
 
         asked: list[list[int]] = []  # noqa: RUF012
+        device, unreadable = COUNTING.device, Unreadable()
 
         def __len__(self) -> int:
             return 10
 
-        def __getitem__(self, wanted: torch.Tensor) -> torch.Tensor:
+        def read(self, wanted: torch.Tensor) -> Part:
             self.asked.append(wanted.tolist())
-            return COUNTING[wanted]
+            return Part(COUNTING[wanted], wanted, {})
 
     taken = [
         batch.flatten().int().tolist()
@@ -132,8 +135,12 @@ def test_a_mistake_in_a_worker_is_told_in_one_line(tmp_path):
     broken.to_parquet(tmp_path / "set" / "data" / "train-00000-of-00001.parquet")
     good = datasets.Dataset.from_dict({"image": cells[:1]}, features=datasets.Features({"image": datasets.Image()}))
     good.to_parquet(tmp_path / "set" / "data" / "test-00000-of-00001.parquet")
-    images = load_data(Config(dataset=str(tmp_path / "set"), workers=1)).train
-    with pytest.raises(UsageError, match=r"^image \d of split 'train' cannot be decoded: .*; remove the row") as caught:
+    assert len(load_data(Config(dataset=str(tmp_path / "set"))).train) == 1, "below the limit"
+    images = load_data(Config(dataset=str(tmp_path / "set"), workers=1, max_unreadable=3)).train
+    message = (
+        r"^4 rows of split 'train' cannot be read, and 3 may be so: row \d \(not an image.*\), row \d .*raise --max"
+    )
+    with pytest.raises(UsageError, match=message) as caught:
         next(batches(images, 8, TANH, seed=0, workers=2))
     assert "\n" not in str(caught.value)
     assert not multiprocessing.active_children(), "though the error is still held"

@@ -66,7 +66,10 @@ class Config:
     image_size: int | None = setting(None, "resize and centre-crop images to this many pixels square")
     workers: int = setting(
         0,
-        "processes that decode images as they are needed, for data larger than memory; 0: decode all into memory first",
+        "processes that decode images as they are needed; 0: decode all first, into memory or a file",
+    )
+    memory: float = setting(
+        4.0, "GB of a split's decoded images to hold in memory; more are decoded into a file of the datasets cache"
     )
     max_unreadable: int = setting(100, "rows of a split that may be damaged, and are left out; 0: none")
     output_dir: str | None = setting(None, "run folder; default: the next free runs/DATASET-N")
@@ -212,7 +215,7 @@ class Config:
 _PLACE = ("output_dir", "overwrite", "resume")
 MAY_CHANGE = frozenset(
     (
-        *("steps", "until", "max_hours", "max_skipped", "workers", "cpu", "tracker"),
+        *("steps", "until", "max_hours", "max_skipped", "workers", "memory", "max_unreadable", "cpu", "tracker"),
         *("log_every", "sample_every", "evaluate_every", "evaluation_samples", "checkpoint_every", "keep_checkpoints"),
     )
 )
@@ -223,7 +226,7 @@ _LEAST: dict[str, float] = {
     **dict.fromkeys(("steps", "batch_size", "accumulation", "log_every", "sample_every", "keep_checkpoints"), 1),
     **dict.fromkeys(("r1", "r2", "beta_max", "lr_generator", "lr_discriminator", "beta1", "beta2", "ema"), 0),
     **dict.fromkeys(("evaluation_samples", "evaluate_every", "checkpoint_every", "seed", "workers"), 0),
-    **dict.fromkeys(("warmup", "max_skipped"), 0),
+    **dict.fromkeys(("warmup", "max_skipped", "max_unreadable", "memory"), 0),
 }
 
 PRESETS: dict[str, dict[str, Any]] = {

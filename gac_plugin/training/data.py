@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from datasets import Audio, Image
 from torch import Tensor
 
@@ -16,7 +17,7 @@ from gac_plugin.training.decoding import decode as decode_image
 from gac_plugin.training.decoding import fitted
 from gac_plugin.training.images import ImageCodec, Stored, stored_images
 from gac_plugin.training.networks import Recipe, find_adapter
-from gac_plugin.training.source import KNOWN, Decoded, Source, first_line, sample
+from gac_plugin.training.source import KNOWN, Decoded, Source, first_line, in_memory
 from gac_plugin.training.splits import ROWS_THAT_TELL, Rows, first_rows, open_split, open_splits
 from gac_plugin.training.streaming import Stream
 from gac_plugin.training.unreadable import Unreadable, UnreadableError
@@ -28,8 +29,8 @@ class Data:
 
     Attributes:
         train: the training samples.
-        test: those of the test split, always in memory. Where there is no test split, the training samples stand for
-            it: the same object, or 10,000 of them where they are not in memory (see `sample`).
+        test: those of the test split, or of a split larger than `Config.memory` 10,000 (see `sample`): always in
+            memory. Where there is no test split, the training samples stand for it, the same object if possible.
         codec: what the samples are.
         adapter: the adapter whose networks make such samples; None leaves the choice to `choose_recipe`.
     """
@@ -75,7 +76,8 @@ def load_data(config: Config, device: torch.device | str = "cpu") -> Data:
 
     Raises:
         UsageError: no such data set or split; no column that can be read, or several; no rows; images of mixed sizes
-            without `config.image_size`; a cell that cannot be decoded; labels asked for where there are none.
+            without `config.image_size`; more rows than `config.max_unreadable` that cannot be decoded; decoded pixels
+            that fit neither into `config.memory` nor on the disk; labels asked for where there are none.
     """
     splits = open_splits(config)
     train = _split(open_split(splits, config.split, config), config.split, config)
@@ -134,12 +136,13 @@ def _split(rows: Rows, name: str, config: Config, labels: Labels | None = None) 
 def _images(
     train: _Split, test: _Split | None, config: Config, device: torch.device | str, adapter: str | None
 ) -> Data:
-    stored = stored_images(train.rows, train.column, train.class_numbers(), train.name, config.image_size)
-    real: Decoded | Stored = stored if config.workers else stored.in_memory().to(device)
+    memory, main = config.memory * 1e9, PartialState(cpu=config.cpu).is_main_process
+    stored = _stored(train, config)
+    real: Decoded | Stored = stored if config.workers else stored.decoded(memory, main).to(device)
     if test is None:
-        held_out = real if isinstance(real, Decoded) else sample(real)
+        held_out = in_memory(real)
     else:
-        held_out = stored_images(test.rows, test.column, test.class_numbers(), test.name, config.image_size).in_memory()
+        held_out = in_memory(_stored(test, config).decoded(memory, main))
         if 3 in (real.sample_shape[0], held_out.sample_shape[0]):
             real, held_out = real.in_colour(), held_out.in_colour()
         if real.sample_shape != held_out.sample_shape:
@@ -148,6 +151,12 @@ def _images(
                 f"{real.sample_shape} and {held_out.sample_shape}; pass --image-size"
             )
     return Data(real, held_out, ImageCodec(real.sample_shape, config.output), adapter)
+
+
+def _stored(split: _Split, config: Config) -> Stored:
+    return stored_images(
+        split.rows, split.column, split.class_numbers(), split.name, config.image_size, config.max_unreadable
+    )
 
 
 def _encoded(
@@ -159,8 +168,8 @@ def _encoded(
     medium: Medium,
 ) -> Data:
     codec = medium.fit(_cells(train), _codec_options(config, medium))
-    real = _in_memory(train, codec)
-    held_out = real if test is None else _in_memory(test, codec)
+    real = _in_memory(train, codec, config)
+    held_out = real if test is None else _in_memory(test, codec, config)
     return Data(real.to(device), held_out, codec, adapter)
 
 
@@ -168,14 +177,19 @@ def _codec_options(config: Config, medium: Medium) -> dict[str, Any]:
     return {name: value for name, value in config.adapter_options.items() if name in medium.options}
 
 
-def _in_memory(split: _Split, codec: Encoder) -> Decoded:
-    values = []
+def _in_memory(split: _Split, codec: Encoder, config: Config) -> Decoded:
+    values, readable = [], torch.ones(len(split.rows), dtype=torch.bool)
+    unreadable = Unreadable(split.name, len(split.rows), config.max_unreadable)
     for index, cell in enumerate(_cells(split)):
         try:
             values.append(codec.encode(cell))
         except UsageError as error:
-            raise UsageError(f"row {index} of split {split.name!r}: {error}") from error
-    return Decoded(torch.stack(values), split.class_numbers(), split.name)
+            unreadable.add({index: str(error)})
+            readable[index] = False
+    if PartialState(cpu=config.cpu).is_main_process:
+        unreadable.tell("are left out")
+    labels = split.class_numbers()
+    return Decoded(torch.stack(values), None if labels is None else labels[readable], split.name, unreadable)
 
 
 def _cells(split: _Split) -> Iterator[Any]:

@@ -14,6 +14,10 @@ from gac_plugin.training.unreadable import UnreadableError
 GREY_MODES = {"1", "L", "LA"}
 
 
+class ColourError(UsageError):
+    """An image in colour where the first one was not."""
+
+
 def decode(cell: Mapping[str, Any] | None, feature: Any, image_size: int | None = None) -> np.ndarray:
     """The image in an undecoded cell, turned as its EXIF orientation says; of an animation the first frame.
 
@@ -47,14 +51,18 @@ def fitted(image: np.ndarray, shape: tuple[int, ...], what: str) -> np.ndarray:
     """An image as `decode` gives it -> pixels of one shape for all, (C, H, W).
 
     Raises:
-        UsageError: it is of another size, or in colour where C = 1.
+        UsageError: it is of another size.
+        ColourError: it is in colour where C = 1.
     """
     channels, *size = shape
     if image.shape[:2] != tuple(size):
         wanted, other = ("x".join(map(str, sizes)) for sizes in (size, image.shape[:2]))
         raise UsageError(f"images differ in size: {wanted} and {other} ({what}); pass --image-size N")
     if image.ndim == 3 and channels == 1:
-        raise UsageError(f"{what} is in colour and the first ones are not; convert them all to one mode")
+        raise ColourError(
+            f"{what} is in colour and the first one is not; convert them all to one mode, or decode them once, without "
+            "--workers and --streaming"
+        )
     return np.broadcast_to(image.transpose(2, 0, 1) if image.ndim == 3 else image, shape)
 
 

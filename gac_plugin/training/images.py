@@ -1,22 +1,31 @@
-"""Images: pixels to samples and back, and decoding, once into memory or each time they are read."""
+"""Images: pixels to samples and back, and decoding: once into memory or a file, or each time they are read."""
 
-from collections.abc import Mapping
+import math
+import sys
+from collections import deque
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset
-from PIL import Image as Picture
 from torch import Tensor
+from tqdm.auto import tqdm
 
-from gac_plugin.errors import UsageError
 from gac_plugin.training.config import OUTPUT_RANGES
+from gac_plugin.training.decoding import ColourError, decode, fitted
 from gac_plugin.training.files import PICTURES, write_grid
-from gac_plugin.training.source import Decoded, first_line
+from gac_plugin.training.pixel_file import pixel_file
+from gac_plugin.training.source import Decoded, Part
+from gac_plugin.training.unreadable import Unreadable, UnreadableError
 
-GREY_MODES = {"1", "L", "LA"}
+DECODED_AT_ONCE = 64
+"""Images that a thread decodes before it hands them on."""
+Cell = Mapping[str, Any] | None
 
 
 @dataclass(frozen=True)
@@ -67,64 +76,155 @@ class Stored:
         rows: the image column alone, undecoded.
         feature: the `datasets.Image` that decodes it.
         labels: int64, shape (N,), if the data set has a column of class labels.
-        split: the name of the split.
         image_size: side of the square that images are resized and cropped to, if any.
         sample_shape: (C, H, W); grey images are repeated to three channels if C = 3.
+        unreadable: the rows that could not be read.
     """
 
     rows: Dataset
     feature: Any
     labels: Tensor | None
-    split: str
     image_size: int | None
     sample_shape: tuple[int, ...]
+    unreadable: Unreadable
+
+    @property
+    def split(self) -> str:
+        """The name of the split."""
+        return self.unreadable.split
+
+    @property
+    def device(self) -> torch.device:
+        """The CPU."""
+        return torch.device("cpu")
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, rows: Tensor, /) -> Tensor:
+        return self.read(rows).values
+
+    def read(self, rows: Tensor, /) -> Part:
         """Row numbers, int64, shape (n,) -> uint8 pixels, shape (n, C, H, W).
 
-        Raises:
-            UsageError: an image cannot be decoded, is of another size, or in colour where C = 1.
-        """
-        channels, *size = self.sample_shape
-        pixels = np.empty((len(rows), *size, channels), np.uint8)
-        indices = rows.tolist()
-        (cells,) = self.rows[indices].values()
-        for image, index, cell in zip(pixels, indices, cells, strict=True):
-            decoded = _decode(cell, index, self.feature, self.split, self.image_size)
-            _require_size(decoded, tuple(size), index)
-            if decoded.ndim == 3 and channels == 1:
-                raise UsageError(
-                    f"image {index} of split {self.split!r} is in colour and the first one is not; convert them all "
-                    "to one mode, or decode them into memory with --workers 0"
-                )
-            image[:] = decoded if decoded.ndim == 3 else decoded[..., None]
-        return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+        A row that cannot be read is replaced by the next one that can: the same one, whoever reads it.
 
-    def in_memory(self) -> Decoded:
-        """All of them decoded, in colour if any one is."""
-        decoded: list[np.ndarray] = []
-        for index, row in enumerate(self.rows):
-            (cell,) = row.values()
-            decoded.append(_decode(cell, index, self.feature, self.split, self.image_size))
-            _require_size(decoded[-1], decoded[0].shape[:2], index)
-        if any(image.ndim == 3 for image in decoded):
-            decoded = [image if image.ndim == 3 else np.repeat(image[..., None], 3, axis=2) for image in decoded]
-        stack = torch.from_numpy(np.stack(decoded))
-        pixels = stack.unsqueeze(1) if stack.dim() == 3 else stack.permute(0, 3, 1, 2).contiguous()
-        return Decoded(pixels, self.labels, self.split)
+        Raises:
+            UsageError: an image is of another size, or in colour where C = 1; or more rows than may be so cannot be
+                read.
+        """
+        pixels, found = np.empty((len(rows), *self.sample_shape), np.uint8), rows.clone()
+        met, numbers = self.unreadable.anew(), rows.tolist()
+        for place, (row, cell) in enumerate(zip(numbers, self._cells(numbers), strict=True)):
+            found[place], image = self._next_readable(row, cell, met)
+            self._fill(pixels[place], image, int(found[place]))
+        return Part(torch.from_numpy(pixels), found, met.reasons)
+
+    def decoded(self, memory: float, show: bool) -> Decoded:
+        """All of them that can be read, in colour if any one is.
+
+        Args:
+            memory: bytes of pixels to hold; if there are more, they are decoded into a file of the datasets cache, or
+                found there, and it is mapped into memory.
+            show: tell what was left out, and show progress. Whoever decodes into a file shows it in any case.
+
+        Raises:
+            UsageError: images differ in size; more than may be so cannot be read; or the file cannot be written.
+        """
+        try:
+            mapped = len(self) * math.prod(self.sample_shape) > memory
+            values = self._in_file() if mapped else self._in_memory(show)
+        except ColourError:
+            return self.in_colour().decoded(memory, show)
+        labels = self.labels
+        if self.unreadable.reasons:
+            if show:
+                self.unreadable.tell("are left out")
+            readable = torch.ones(len(self), dtype=torch.bool)
+            readable[list(self.unreadable.reasons)] = False
+            labels = None if labels is None else labels[readable]
+        return Decoded(values, labels, self.split, self.unreadable, mapped)
 
     def in_colour(self) -> "Stored":
         """The same with three channels."""
         return replace(self, sample_shape=(3, *self.sample_shape[1:]))
 
+    def _in_memory(self, show: bool) -> Tensor:
+        pixels, count = np.empty((len(self), *self.sample_shape), np.uint8), 0
+        for part in self._parts(show):
+            pixels[count : count + len(part)] = part
+            count += len(part)
+        return torch.from_numpy(pixels[:count])
+
+    def _in_file(self) -> Tensor:
+        what = f"{self.rows._fingerprint} {self.rows.column_names} {self.feature} {self.image_size}"
+        shape = (len(self), *self.sample_shape)
+        return pixel_file(what, shape, lambda: self._parts(show=True), self.unreadable)
+
+    def _parts(self, show: bool) -> Iterator[np.ndarray]:
+        """All that can be read, in their order: uint8, shape (n, C, H, W) each."""
+        progress = tqdm(
+            total=len(self),
+            desc=f"decoding {self.split!r}",
+            unit="image",
+            delay=2,
+            mininterval=0.1 if sys.stderr.isatty() else 10,
+            leave=False,
+            disable=not show,
+        )
+        threads, every = torch.get_num_threads(), range(len(self))
+        blocks = (every[first : first + DECODED_AT_ONCE] for first in every[::DECODED_AT_ONCE])
+        with progress, ThreadPoolExecutor(threads) as pool:
+            work = (pool.submit(self._part, rows, self._cells(rows)) for rows in blocks)
+            waiting = deque(islice(work, 2 * threads))
+            try:
+                while waiting:
+                    pixels, unreadable = waiting.popleft().result()
+                    waiting.extend(islice(work, 1))
+                    self.unreadable.add(unreadable)
+                    yield pixels
+                    progress.update(len(pixels) + len(unreadable))
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+    def _part(self, rows: range, cells: list[Cell]) -> tuple[np.ndarray, dict[int, str]]:
+        pixels, count, unreadable = np.empty((len(rows), *self.sample_shape), np.uint8), 0, {}
+        for row, cell in zip(rows, cells, strict=True):
+            try:
+                self._fill(pixels[count], decode(cell, self.feature, self.image_size), row)
+                count += 1
+            except UnreadableError as error:
+                unreadable[row] = str(error)
+        return pixels[:count], unreadable
+
+    def _next_readable(self, row: int, cell: Cell, met: Unreadable) -> tuple[int, np.ndarray]:
+        """The first image that can be read from a row on, after the last row from the first one, and its row."""
+        while True:
+            try:
+                return row, decode(cell, self.feature, self.image_size)
+            except UnreadableError as error:
+                met.add({row: str(error)})
+            row = (row + 1) % len(self)
+            (cell,) = self._cells([row])
+
+    def _cells(self, rows: list[int] | range) -> list[Cell]:
+        (cells,) = self.rows[rows].values()
+        return list(cells)
+
+    def _fill(self, pixels: np.ndarray, image: np.ndarray, row: int) -> None:
+        """An image as `decode` gives it -> pixels of the shape of all, (C, H, W)."""
+        pixels[:] = fitted(image, self.sample_shape, f"row {row} of split {self.split!r}")
+
 
 def stored_images(
-    rows: Dataset, column: str, labels: Tensor | None, split: str, image_size: int | None = None
+    rows: Dataset,
+    column: str,
+    labels: Tensor | None,
+    split: str,
+    image_size: int | None = None,
+    max_unreadable: int = 0,
 ) -> Stored:
-    """The images of a column; the first one is decoded.
+    """The images of a column; the first one that can be read is decoded.
 
     Args:
         rows: at least one.
@@ -132,52 +232,14 @@ def stored_images(
         labels: of the rows.
         split: name of the split.
         image_size: side of the square to resize and crop to, if any.
+        max_unreadable: how many rows may be unreadable.
 
     Raises:
-        UsageError: the first image cannot be decoded.
+        UsageError: more rows than may be so cannot be read, or all of them.
     """
     feature = rows.features[column]
     cells = rows.select_columns(column).cast_column(column, type(feature)(decode=False))
-    first = _decode(cells[0][column], 0, feature, split, image_size)
-    shape = (3 if first.ndim == 3 else 1, *first.shape[:2])
-    return Stored(cells, feature, labels, split, image_size, shape)
-
-
-def _decode(cell: Mapping[str, Any], index: int, feature: Any, split: str, image_size: int | None) -> np.ndarray:
-    """The image in a cell: uint8, shape (H, W) if it is grey, (H, W, 3) if not."""
-    try:
-        picture = feature.decode_example(cell)
-    except (OSError, ValueError, TypeError, KeyError, Picture.DecompressionBombError) as error:
-        raise UsageError(
-            f"image {index} of split {split!r} cannot be decoded: {first_line(error)}; remove the row or repair it"
-        ) from error
-    return np.asarray(_resized(_eight_bit(picture, index), image_size))
-
-
-def _require_size(image: np.ndarray, size: tuple[int, ...], index: int) -> None:
-    if image.shape[:2] != size:
-        wanted, other = ("x".join(map(str, shape)) for shape in (size, image.shape[:2]))
-        raise UsageError(f"images differ in size: {wanted} and {other} (image {index}); pass --image-size N")
-
-
-def _eight_bit(picture: Picture.Image, index: int) -> Picture.Image:
-    """Grey pictures as mode L, 16-bit ones by their upper byte; all others as RGB."""
-    if picture.mode.startswith("I;16"):
-        return Picture.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
-    if picture.mode in ("I", "F"):
-        raise UsageError(
-            f"image {index} has pixels of mode {picture.mode!r}, whose range is unknown; store 8 or 16 bits"
-        )
-    return picture.convert("L" if picture.mode in GREY_MODES else "RGB")
-
-
-def _resized(picture: Picture.Image, size: int | None) -> Picture.Image:
-    if size is None or picture.size == (size, size):
-        return picture
-    scale = size / min(picture.size)
-    larger = picture.resize(
-        tuple(max(size, round(length * scale)) for length in picture.size),  # type: ignore[arg-type]
-        Picture.Resampling.LANCZOS,
-    )
-    left, top = (larger.width - size) // 2, (larger.height - size) // 2
-    return larger.crop((left, top, left + size, top + size))
+    unreadable = Unreadable(split, len(rows), max_unreadable)
+    stored = Stored(cells, feature, labels, image_size, (), unreadable)
+    _, first = stored._next_readable(0, cells[0][column], unreadable)
+    return replace(stored, sample_shape=(3 if first.ndim == 3 else 1, *first.shape[:2]))
