@@ -130,7 +130,7 @@ def test_a_folder_of_image_files_works(tmp_path):
             {"image": [{"bytes": b"not a picture", "path": None}]},
             {"image": datasets.Image()},
             {},
-            r"none of the 1 row of split 'train' can be read: row 0 \(not an image, or of a format",
+            r"no row of split 'train' can be read: row 0 \(not an image, or of a format",
         ),
     ],
     ids=[
@@ -248,7 +248,7 @@ def test_a_damaged_header_that_claims_a_huge_picture_is_a_damaged_image(tmp_path
     data = bytearray((tmp_path / "a.bmp").read_bytes())
     data[18:26] = (60_000).to_bytes(4, "little") * 2  # width and height
     (tmp_path / "a.bmp").write_bytes(data)
-    with pytest.raises(UsageError, match=r"none of the 1 row of split 'train' can be read: row 0 \(Image size"):
+    with pytest.raises(UsageError, match=r"no row of split 'train' can be read: row 0 \(Image size"):
         load_images(Config(dataset=str(tmp_path)))
 
 

@@ -40,12 +40,12 @@ class Unreadable:
         if len(self.reasons) > self.limit:
             remedy = "or raise --max-unreadable" if self.limit else "or leave such rows out with --max-unreadable N"
             raise UsageError(
-                f"{self._rows(self.limit + 1)} of split {self.split!r} cannot be read, and {self.limit} may be so: "
-                f"{self._first(3)}; repair or remove what is damaged, {remedy}"
+                f"at least {self._rows(len(self.reasons))} of split {self.split!r} cannot be read, and {self.limit} may "
+                f"be so: {self._first(3)}; repair or remove what is damaged, {remedy}"
             )
         if self.rows and len(self.reasons) == self.rows:
             raise UsageError(
-                f"none of the {self._rows(self.rows)} of split {self.split!r} can be read: {self._first(3)}; repair "
+                f"no row of split {self.split!r} can be read: {self._first(3)}; repair "
                 "them, or choose another --split or --column"
             )
 
