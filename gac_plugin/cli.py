@@ -49,7 +49,8 @@ def _parser() -> argparse.ArgumentParser:
     train.set_defaults(run=run_train)
 
     sample = commands.add_parser("sample", help="write generated samples to a file", allow_abbrev=False)
-    sample.add_argument("model", metavar="RUN_OR_MODEL", help="run folder, or folder of a saved generator")
+    sample.add_argument("model", metavar="RUN_OR_MODEL", help="run folder, saved generator, or USER/NAME on the Hub")
+    sample.add_argument("--revision", metavar="REVISION", help="branch, tag or commit on the Hub (default: main)")
     sample.add_argument("--n", type=int, default=64, metavar="N", help="how many samples (default: 64)")
     sample.add_argument("--out", metavar="FILE", help="file to write (default: samples.png, or what suits the data)")
     sample.add_argument("--columns", type=int, metavar="N", help="samples in a row (default: a square)")
@@ -71,7 +72,8 @@ def _sample(arguments: argparse.Namespace) -> None:
     ):
         if not least <= value <= most:
             raise UsageError(f"{name} must be between {least} and {most}, got {value}")
-    recipe = read_recipe(network_folder(arguments.model, "generator"))
+    folder = network_folder(arguments.model, "generator", arguments.revision)
+    recipe = read_recipe(folder)
     codec = codec_of(recipe)
     out = Path(arguments.out or f"samples{codec.suffixes[0]}")
     if out.suffix.lower() not in codec.suffixes:
@@ -82,7 +84,7 @@ def _sample(arguments: argparse.Namespace) -> None:
             known = f"has the classes 0 to {recipe.classes - 1}" if recipe.classes else "was trained without classes"
             raise UsageError(f"--label {arguments.label} does not fit: the generator {known}")
         labels = torch.full((arguments.n,), arguments.label)
-    stored = generate(load_generator(arguments.model), recipe, arguments.n, arguments.seed, labels=labels)
+    stored = generate(load_generator(folder), recipe, arguments.n, arguments.seed, labels=labels)
     codec.write(out, stored, min(arguments.columns, arguments.n) if arguments.columns else None)
     print(f"{arguments.n} samples in {out}")
 

@@ -2,13 +2,14 @@
 
 from gac_plugin.training.checkpoint import Checkpoints, newest_intact, read_checkpoint
 from gac_plugin.training.config import PRESETS, Config
-from gac_plugin.training.hub import load_discriminator, load_generator
+from gac_plugin.training.hub import from_pretrained, load_discriminator, load_generator
 from gac_plugin.training.loop import train
 
 __all__ = [
     "PRESETS",
     "Checkpoints",
     "Config",
+    "from_pretrained",
     "load_discriminator",
     "load_generator",
     "newest_intact",
