@@ -1,4 +1,4 @@
-"""The command line: `gac train | sample | info`."""
+"""The command line: `gac train | sample | demo | info`."""
 
 import argparse
 import json
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from gac_plugin import BETAS, LOSSES, METRICS, PENALTIES, SCORES, __version__
+from gac_plugin.demo import launch
 from gac_plugin.errors import UsageError, exit_code
 from gac_plugin.strategy import SCHEDULES
 from gac_plugin.train import OneLineParser
@@ -56,7 +57,13 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--columns", type=int, metavar="N", help="samples in a row (default: a square)")
     sample.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the latents (default: 0)")
     sample.add_argument("--label", type=int, metavar="N", help="class to make (default: all of them in turn)")
+    sample.add_argument("--truncation", type=float, metavar="T", help="keep latents within -T and T (default: off)")
     sample.set_defaults(run=_sample)
+
+    demo = commands.add_parser("demo", help="try a generator out on a local web page", allow_abbrev=False)
+    demo.add_argument("model", metavar="RUN_OR_MODEL", help="run folder, or folder of a saved generator")
+    demo.add_argument("--port", type=int, metavar="N", help="port on 127.0.0.1 (default: a free one from 7860 on)")
+    demo.set_defaults(run=lambda arguments: launch(arguments.model, "127.0.0.1", arguments.port))
 
     info = commands.add_parser("info", help="list losses, rules, metrics, adapters, versions, devices")
     info.add_argument("--json", action="store_true", help="as JSON")
@@ -84,7 +91,8 @@ def _sample(arguments: argparse.Namespace) -> None:
             known = f"has the classes 0 to {recipe.classes - 1}" if recipe.classes else "was trained without classes"
             raise UsageError(f"--label {arguments.label} does not fit: the generator {known}")
         labels = torch.full((arguments.n,), arguments.label)
-    stored = generate(load_generator(folder), recipe, arguments.n, arguments.seed, labels=labels)
+    generator, truncation = load_generator(folder), arguments.truncation
+    stored = generate(generator, recipe, arguments.n, arguments.seed, labels=labels, truncation=truncation)
     codec.write(out, stored, min(arguments.columns, arguments.n) if arguments.columns else None)
     print(f"{arguments.n} samples in {out}")
 
