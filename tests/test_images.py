@@ -194,7 +194,7 @@ def test_floating_point_pixels_are_not_guessed_at():
 
 @pytest.mark.parametrize("cell", [None, {"bytes": None, "path": None}])
 def test_an_empty_cell_is_told(cell):
-    with pytest.raises(UnreadableError, match="^the cell is empty$"):
+    with pytest.raises(UnreadableError, match=r"^the cell is empty$"):
         decode(cell, datasets.Image())
 
 
@@ -259,8 +259,8 @@ def test_the_limit_on_damaged_images():
     cells = [DAMAGED["None"][0] if row in (1, 2, 5, 7, 8) else number(row) for row in range(10)]
     assert len(stored(cells, 5).decoded(1e9, show=False)) == 5
     message = (
-        r"^at least 5 rows of split 'train' cannot be read, and 4 may be so: row 1 \(the cell is empty\), row 2 \(the cell is "
-        r"empty\), row 5 \(the cell is empty\); repair or remove what is damaged, or raise --max-unreadable$"
+        r"^at least 5 rows of split 'train' cannot be read, and 4 may be so: row 1 \(the cell is empty\), "
+        r"row 2 \(the cell is empty\), row 5 \(the cell is empty\); repair or remove what is damaged, or raise --max-unreadable$"
     )
     with pytest.raises(UsageError, match=message):
         stored(cells, 4).decoded(1e9, show=False)

@@ -231,7 +231,7 @@ def test_a_streamed_run_goes_on_in_as_many_processes_as_it_began_with():
     ("settings", "message"),
     [
         ({"workers": 2}, "--streaming reads by itself; leave out --workers"),
-        ({"split": "train[:50%]"}, "a stream is read from its beginning to its end; pass 'train'"),
+        ({"split": "train[:50%]"}, "a stream is read from its beginning to its end; pass a whole"),
         ({"shuffle_buffer": 0}, "--shuffle-buffer must be at least 1"),
         ({"split": "wrong"}, "has no split 'wrong'; it has: train, test"),
     ],

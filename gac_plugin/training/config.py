@@ -18,7 +18,7 @@ from gac_plugin.strategy import SCHEDULES
 from gac_plugin.training.schedules import Schedule
 from gac_plugin.training.stopping import Goal
 
-EMBEDDED = "digits"
+EMBEDDED, TEST = "digits", "test"
 FEWEST_TO_EVALUATE = 8
 OPTIMIZERS = ("conjugate", "adam")
 OUTPUT_RANGES = {"tanh": (-1.0, 1.0), "sigmoid": (0.0, 1.0)}
@@ -57,7 +57,7 @@ class Config:
     subset: str | None = setting(None, "configuration of a data set that has several")
     revision: str | None = setting(None, "branch, tag or commit of a data set on the Hub")
     split: str = setting("train", "split to train on, or a part of one: train[:90%]")
-    test_split: str = setting("test", "split to evaluate against, likewise; the training split where there is none")
+    test_split: str = setting(TEST, "split to evaluate against, likewise; the training split if there is no 'test'")
     column: str | None = setting(None, "column with the samples; found by its type where only one fits")
     label_column: str | None = setting(None, "column with the class labels; found by its type where only one fits")
     conditional: bool = setting(False, "tell both networks the class labels of the data set")

@@ -12,13 +12,13 @@ from torch import Tensor
 from gac_plugin.errors import UsageError
 from gac_plugin.protocols import Codec, Encoder, Medium
 from gac_plugin.training.columns import Labels, find_column, find_labels
-from gac_plugin.training.config import Config
+from gac_plugin.training.config import TEST, Config
 from gac_plugin.training.decoding import decode as decode_image
 from gac_plugin.training.decoding import fitted
 from gac_plugin.training.images import ImageCodec, Stored, stored_images
 from gac_plugin.training.networks import Recipe, find_adapter
 from gac_plugin.training.source import KNOWN, Decoded, Source, first_line, in_memory
-from gac_plugin.training.splits import ROWS_THAT_TELL, Rows, first_rows, open_split, open_splits
+from gac_plugin.training.splits import ROWS_THAT_TELL, Rows, fetched, first_rows, open_split, open_splits
 from gac_plugin.training.streaming import Stream
 from gac_plugin.training.unreadable import Unreadable, UnreadableError
 
@@ -81,9 +81,8 @@ def load_data(config: Config, device: torch.device | str = "cpu") -> Data:
     """
     splits = open_splits(config)
     train = _split(open_split(splits, config.split, config), config.split, config)
-    has_test = config.test_split.partition("[")[0] in splits and config.test_split != config.split
     test = None
-    if has_test:
+    if config.test_split != config.split and (config.test_split in splits or config.test_split != TEST):
         test = _split(open_split(splits, config.test_split, config), config.test_split, config, train.labels)
     adapter = find_column(train.rows.features, config)[1]
     medium = None if adapter is None else find_adapter(adapter).medium
@@ -244,7 +243,7 @@ def _encoder(split: _Split, config: Config, medium: Medium) -> tuple[Codec, Call
 
     def encode(cell: Any) -> Tensor:
         try:
-            return codec.encode(cell)
+            return codec.encode(fetched(cell))
         except UsageError as error:
             raise UnreadableError(str(error)) from error
 
@@ -253,4 +252,4 @@ def _encoder(split: _Split, config: Config, medium: Medium) -> tuple[Codec, Call
 
 def _first_cells(split: _Split, count: int, config: Config) -> list[Any]:
     """The first undecoded cells of a stream."""
-    return [row[split.column] for row in first_rows(split.undecoded(), count, config)]
+    return [fetched(row[split.column]) for row in first_rows(split.undecoded(), count, config)]

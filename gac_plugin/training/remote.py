@@ -22,8 +22,10 @@ from huggingface_hub.utils import validate_repo_id as check_name
 
 from gac_plugin.errors import UsageError
 
-CLIENT_ERRORS: tuple[type[BaseException], ...] = (OSError, RuntimeError, ValueError, *HfHubHTTPError.__bases__)
-"""What the client raises. Its versions speak HTTP by different packages, whose errors share a base with its own."""
+CONNECTION_ERRORS: tuple[type[BaseException], ...] = (OSError, *HfHubHTTPError.__bases__)
+"""Its versions speak HTTP by different packages, whose errors share a base with the client's own."""
+CLIENT_ERRORS: tuple[type[BaseException], ...] = (RuntimeError, ValueError, *CONNECTION_ERRORS)
+"""What the client raises."""
 TOKEN = re.compile(r"hf_\w+")
 
 
@@ -82,6 +84,16 @@ def asking(repo_id: str, token: str | None = None, revision: str | None = None) 
 def status_of(error: BaseException) -> int:
     """The HTTP status of an answer that the client took for an error, 0 where there was no answer."""
     return getattr(getattr(error, "response", None), "status_code", 0) or 0
+
+
+def may_pass(error: BaseException | None) -> bool:
+    """Whether it was the Hub or the connection that failed, so that another try may do."""
+    if error is None or isinstance(error, OfflineModeIsEnabled):
+        return False
+    if status := status_of(error):
+        return status >= 500
+    broken_off = isinstance(error, CONNECTION_ERRORS) and not isinstance(error, FileNotFoundError | PermissionError)
+    return broken_off or may_pass(error.__cause__)
 
 
 def _told(error: BaseException, repo_id: str, revision: str) -> str:

@@ -1,21 +1,38 @@
 """Opening a data set: the embedded one, a folder of any format that `datasets` reads, or one on the Hub."""
 
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, TypeAlias
 
+import fsspec
 import pyarrow as pa
-from datasets import Dataset, Features, IterableDataset, load_dataset
+from datasets import (
+    Audio,
+    ClassLabel,
+    Dataset,
+    DatasetBuilder,
+    DatasetInfo,
+    DownloadManager,
+    Features,
+    IterableDataset,
+    ReadInstruction,
+    load_dataset_builder,
+)
 from datasets.exceptions import DatasetsError
 
 from gac_plugin.errors import UsageError
 from gac_plugin.training.config import EMBEDDED, Config
+from gac_plugin.training.remote import CLIENT_ERRORS, may_pass
 from gac_plugin.training.source import first_line
 
 Rows: TypeAlias = Dataset | IterableDataset
-FAILURES = (OSError, ValueError, DatasetsError)
+FAILURES = (*CLIENT_ERRORS, DatasetsError)
 """What `datasets` raises when a data set is not there or cannot be read, or the network fails."""
+TRIES, PAUSE = 3, 1.0
+"""How often a data set is asked of a Hub that is out of order, and seconds from one try to the next, twice as long
+each time. A file that is there already is not fetched again."""
 ROWS_THAT_TELL = 100
 """Rows of a stream from which the types of its columns are read where the files do not tell them."""
 
@@ -35,19 +52,28 @@ def open_split(splits: Mapping[str, Rows], name: str, config: Config) -> Rows:
     """A split, or a part of one, such as "train[:90%]"; its columns have types.
 
     Raises:
-        UsageError: there is no such split, it is empty, or a part of a stream is asked for.
+        UsageError: there is no such split or part, it is empty, or a part of a stream is asked for.
     """
-    whole, bracket, _ = name.partition("[")
-    if whole not in splits:
-        raise UsageError(f"data set {config.dataset!r} has no split {whole!r}; it has: {', '.join(splits)}")
-    if bracket and config.streaming:
-        raise UsageError(f"a stream is read from its beginning to its end; pass {whole!r} in place of {name!r}")
-    rows = _load(config, name) if bracket else splits[whole]
+    rows = splits[name] if name in splits else _part(splits, name, config)
     if isinstance(rows, IterableDataset):
         return _typed(rows, name, config)
     if len(rows) == 0:
         raise UsageError(f"split {name!r} of data set {config.dataset!r} is empty")
     return rows
+
+
+def _part(splits: Mapping[str, Rows], name: str, config: Config) -> Rows:
+    if name.partition("[")[0] not in splits:
+        raise UsageError(f"data set {config.dataset!r} has no split {name!r}; it has: {', '.join(splits)}")
+    if config.streaming:
+        raise UsageError(f"a stream is read from its beginning to its end; pass a whole split in place of {name!r}")
+    try:
+        (part,) = ReadInstruction.from_spec(name).to_absolute({split: len(rows) for split, rows in splits.items()})
+    except (AssertionError, ValueError) as error:
+        raise UsageError(
+            f"{name!r} is no part of a split: {first_line(error)}; write train[:90%] or train[100:]"
+        ) from error
+    return splits[part.splitname].select(range(part.from_ or 0, part.to))
 
 
 def first_rows(rows: IterableDataset, count: int, config: Config) -> list[dict[str, Any]]:
@@ -80,14 +106,78 @@ def dataset_path(dataset: str) -> str:
     return dataset
 
 
-def _load(config: Config, split: str | None = None) -> Mapping[str, Rows]:
+def _load(config: Config) -> Mapping[str, Rows]:
     source = dataset_path(config.dataset)
     if config.revision is not None and Path(source).is_dir():
         raise UsageError(f"--revision {config.revision} is for data sets on the Hub; {config.dataset!r} is a folder")
-    try:
-        return load_dataset(source, config.subset, split=split, revision=config.revision, streaming=config.streaming)
-    except FAILURES as error:
-        raise _cannot_load(config, error) from error
+    for pause in [PAUSE * 2**n for n in range(TRIES - 1)] + [None]:
+        try:
+            return _streams(source, config) if config.streaming else _tables(source, config)
+        except FAILURES as error:
+            if pause is None or Path(source).is_dir() or not may_pass(error):
+                raise _cannot_load(config, error) from error
+            time.sleep(pause)
+    raise AssertionError("the last try either returns or raises")
+
+
+def _streams(source: str, config: Config) -> Mapping[str, IterableDataset]:
+    builder = load_dataset_builder(source, config.subset, revision=config.revision)
+    if _is_folder_of_sounds(builder):
+        return {name: _sounds(builder, files).to_iterable_dataset() for name, files in _sound_files(builder).items()}
+    if hasattr(builder.config, "decode_num_threads"):  # else images on the Hub come decoded, or as an error
+        builder.config.decode_num_threads = 0
+    return builder.as_streaming_dataset()
+
+
+def _tables(source: str, config: Config) -> Mapping[str, Dataset]:
+    builder = load_dataset_builder(source, config.subset, revision=config.revision)
+    if _is_folder_of_sounds(builder):
+        fetched = DownloadManager().download(_sound_files(builder))
+        return {name: _sounds(builder, files, fetched[name]) for name, files in _sound_files(builder).items()}
+    builder.download_and_prepare()
+    return builder.as_dataset()
+
+
+def _is_folder_of_sounds(builder: DatasetBuilder) -> bool:
+    files = [PurePosixPath(file).name for found in (builder.config.data_files or {}).values() for file in found]
+    return builder.name == "audiofolder" and not any(file.startswith("metadata.") for file in files)
+
+
+def _sound_files(builder: DatasetBuilder) -> dict[str, list[str]]:
+    """The sound files of each split, by their paths."""
+    return {
+        str(split): [file for file in files if file.lower().endswith(tuple(builder.EXTENSIONS))]
+        for split, files in builder.config.data_files.items()
+    }
+
+
+def _sounds(builder: DatasetBuilder, files: Sequence[str], places: Sequence[str] | None = None) -> Dataset:
+    """Sound files as rows, whose classes are the names of their folders if there are several.
+
+    `datasets` makes tables of sounds with torchcodec alone, which needs FFmpeg.
+
+    Args:
+        builder: knows all the files.
+        files: of one split.
+        places: where they can be read; by default where they are.
+    """
+    every = [file for found in _sound_files(builder).values() for file in found]
+    folders = sorted({PurePosixPath(file).parent.name for file in every})
+    features = Features({"audio": Audio(decode=False), "label": ClassLabel(names=folders)})
+    columns = {
+        "audio": [{"bytes": None, "path": place} for place in places or files],
+        "label": [folders.index(PurePosixPath(file).parent.name) for file in files],
+    }
+    rows = Dataset(pa.table(columns, schema=features.arrow_schema), DatasetInfo(features=features))
+    return rows if len(folders) > 1 else rows.remove_columns("label")
+
+
+def fetched(cell: Any) -> Any:
+    """An undecoded cell with the bytes of its file, where that is not on this machine."""
+    if isinstance(cell, Mapping) and cell.get("bytes") is None and "://" in (cell.get("path") or ""):
+        with fsspec.open(cell["path"], "rb") as file:
+            return {**cell, "bytes": file.read()}
+    return cell
 
 
 def _cannot_load(config: Config, error: Exception) -> UsageError:

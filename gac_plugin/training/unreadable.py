@@ -40,8 +40,8 @@ class Unreadable:
         if len(self.reasons) > self.limit:
             remedy = "or raise --max-unreadable" if self.limit else "or leave such rows out with --max-unreadable N"
             raise UsageError(
-                f"at least {self._rows(len(self.reasons))} of split {self.split!r} cannot be read, and {self.limit} may "
-                f"be so: {self._first(3)}; repair or remove what is damaged, {remedy}"
+                f"at least {self._rows(len(self.reasons))} of split {self.split!r} cannot be read, and {self.limit} "
+                f"may be so: {self._first(3)}; repair or remove what is damaged, {remedy}"
             )
         if self.rows and len(self.reasons) == self.rows:
             raise UsageError(
