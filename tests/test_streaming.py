@@ -7,6 +7,7 @@ from dataclasses import replace
 from itertools import islice, pairwise
 
 import datasets
+import pyarrow as pa
 import pytest
 import torch
 from torch import Tensor
@@ -175,11 +176,11 @@ def test_nothing_goes_on_reading_once_the_batches_are_closed(stream_of):
 def test_a_network_that_fails_is_told_in_one_line(stream_of, monkeypatch):
     stream = stream_of((23,))
 
-    def broken(self):
-        yield {"cell": "0", "label": 0}
+    def broken(self, batch_size):
+        yield pa.table({"cell": ["0"], "label": [0]})
         raise ConnectionError("the other end has gone\nand more")
 
-    monkeypatch.setattr(datasets.IterableDataset, "__iter__", broken)
+    monkeypatch.setattr(datasets.IterableDataset, "iter", broken)
     with pytest.raises(UsageError, match=r"^cannot read on in split 'train': the other end has gone; .*--resume auto$"):
         draw(stream, 1)
 

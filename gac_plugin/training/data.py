@@ -221,10 +221,11 @@ def _stream(split: _Split, decode: Callable[[Any], Tensor], config: Config) -> S
 
 def _image_reader(split: _Split, config: Config) -> tuple[Codec, Callable[[Any], Tensor]]:
     """How the images of a stream are read; the first ones tell their shape, in colour if any one is."""
+    feature = split.feature  # a copy, each time it is asked for
     found, reason = [], "there are none"
     for cell in _first_cells(split, ROWS_THAT_TELL, config):
         try:
-            found.append(decode_image(cell, split.feature, config.image_size))
+            found.append(decode_image(cell, feature, config.image_size))
         except UnreadableError as error:
             reason = str(error)
     if not found:
@@ -232,7 +233,7 @@ def _image_reader(split: _Split, config: Config) -> tuple[Codec, Callable[[Any],
     shape = (3 if any(image.ndim == 3 for image in found) else 1, *found[0].shape[:2])
 
     def decode(cell: Any) -> Tensor:
-        image = decode_image(cell, split.feature, config.image_size)
+        image = decode_image(cell, feature, config.image_size)
         return torch.tensor(fitted(image, shape, f"an image of split {split.name!r}"))
 
     return ImageCodec(shape, config.output), decode

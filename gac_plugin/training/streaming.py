@@ -8,7 +8,6 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
 from threading import Event
 from typing import Any
 
@@ -71,7 +70,7 @@ class Stream:
         Raises:
             UsageError: there are none, or they cannot be read.
         """
-        for found in self._blocks(self.rows.take(count), count, self.unreadable.anew(), Event()):
+        for found in self._blocks(self.rows.take(count).with_format("arrow"), count, self.unreadable.anew(), Event()):
             return Decoded(*found, self.split)
         raise UsageError(f"split {self.split!r} holds no row that can be decoded; check the column and the files")
 
@@ -134,7 +133,7 @@ class Stream:
         """This process's blocks, epoch after epoch."""
         epoch, number, state = start.get("epoch", 0), start.get("block", 0), start.get("state")
         while True:
-            rows = split_dataset_by_node(self.rows, rank, processes)
+            rows = split_dataset_by_node(self.rows.with_format("arrow"), rank, processes)
             rows.set_epoch(seed * 1_000_003 + epoch + 1)
             if state is not None:
                 rows.load_state_dict(state)
@@ -158,26 +157,24 @@ class Stream:
     def _blocks(
         self, rows: IterableDataset, size: int, unreadable: Unreadable, closed: Event
     ) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Decoded rows by the block, in their order."""
-        cells = enumerate(rows)
+        """Decoded rows by the block, in their order; the rows are in the format "arrow"."""
+        number = 0
         try:
-            while not closed.is_set():
-                read = 0
-                values: list[Tensor] = []
-                labels: list[int] = []
-                for number, row in islice(cells, size):
-                    read += 1
-                    try:
-                        values.append(self.decode(row[self.column]))
-                        labels.append(-1 if self.label is None or row[self.label] is None else row[self.label])
-                    except UnreadableError as error:
-                        unreadable.add({number: str(error)})
+            for table in rows.iter(size):
+                cells = table[self.column].to_pylist()
+                labels = table[self.label].to_pylist() if self.label else [None] * len(cells)
+                kept = []
+                for cell, label in zip(cells, labels, strict=True):
                     if closed.is_set():
                         return
-                if values:
-                    yield torch.stack(values), torch.tensor(labels) if self.label else None
-                if read < size:
-                    return
+                    try:
+                        kept.append((self.decode(cell), -1 if label is None else label))
+                    except UnreadableError as error:
+                        unreadable.add({number: str(error)})
+                    number += 1
+                if kept:
+                    values, numbers = zip(*kept, strict=True)
+                    yield torch.stack(values), torch.tensor(numbers) if self.label else None
         except UsageError:
             raise
         except FAILURES as error:
