@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 
 from gac_plugin.errors import UsageError
 from gac_plugin.strategy import Stats
+from gac_plugin.training.card import write_card
 from gac_plugin.training.checkpoint import Checkpoint, Checkpoints, Stateful, newest_intact, read_checkpoint
 from gac_plugin.training.config import FEWEST_TO_EVALUATE, Config
 from gac_plugin.training.data import Data, load_data
@@ -346,6 +347,7 @@ class _Run:
             if self.config.evaluation_samples:
                 evaluation = self._evaluate()
                 write_json(self.folder / "evaluation.json", evaluation.to_json())
+            write_card(self.folder, self.game.average.network, self.recipe, self.accelerator.device)
         self.accelerator.end_training()
         seen = (self.step - self.first_step) * self._taken * self.config.accumulation
         network = self.game.average.network.eval()
