@@ -1,4 +1,4 @@
-"""The command line: `gac train | sample | demo | info`."""
+"""The command line: `gac train | sample | publish | demo | info`."""
 
 import argparse
 import json
@@ -17,11 +17,13 @@ from gac_plugin.strategy import SCHEDULES
 from gac_plugin.train import OneLineParser
 from gac_plugin.train import add_arguments as add_train_arguments
 from gac_plugin.train import run as run_train
+from gac_plugin.training.card import CARD, TRAINING
 from gac_plugin.training.config import PRESETS
 from gac_plugin.training.data import codec_of
 from gac_plugin.training.generate import generate
 from gac_plugin.training.hub import load_generator, network_folder, read_recipe
 from gac_plugin.training.networks import adapter_names, adapter_options, find_adapter
+from gac_plugin.training.publish import described, push_to_hub
 
 MOST_SAMPLES = 100_000
 LIBRARIES = ("torch", "accelerate", "datasets", "timm", "safetensors", "huggingface_hub", "numpy", "pillow")
@@ -64,6 +66,31 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("model", metavar="RUN_OR_MODEL", help="run folder, or folder of a saved generator")
     demo.add_argument("--port", type=int, metavar="N", help="port on 127.0.0.1 (default: a free one from 7860 on)")
     demo.set_defaults(run=lambda arguments: launch(arguments.model, "127.0.0.1", arguments.port))
+    publish = commands.add_parser(
+        "publish",
+        help="put the generator of a run on the Hub",
+        description="Put the generator of a run on the Hub, with a card. Log in with `hf auth login` or set HF_TOKEN.",
+        allow_abbrev=False,
+    )
+    publish.add_argument("run_folder", metavar="RUN", help="run folder")
+    publish.add_argument("repo_id", metavar="USER/NAME", help="repository on the Hub, made if there is none")
+    publish.add_argument("--dry-run", action="store_true", help="send nothing, and show all that would be sent")
+    publish.add_argument("--private", action="store_true", default=None, help="for you alone, if it is made")
+    publish.add_argument("--pull-request", action="store_true", help="propose it instead of changing the repository")
+    publish.add_argument("--force", action="store_true", help="replace a different model")
+    publish.add_argument(
+        "--discriminator", action="store_true", help="with the discriminator, so that others can refine"
+    )
+    publish.add_argument(
+        "--recipe",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help=f"with the settings of the run as {TRAINING}, without local paths",
+    )
+    publish.add_argument("--license", metavar="ID", help="licence of the weights, such as mit or cc-by-4.0")
+    publish.add_argument("--revision", metavar="BRANCH", help="branch, made if there is none (default: main)")
+    publish.add_argument("--space", action="store_true", help="with a demo for the browser, a Space of the same name")
+    publish.set_defaults(run=_publish)
 
     info = commands.add_parser("info", help="list losses, rules, metrics, adapters, versions, devices")
     info.add_argument("--json", action="store_true", help="as JSON")
@@ -95,6 +122,21 @@ def _sample(arguments: argparse.Namespace) -> None:
     stored = generate(generator, recipe, arguments.n, arguments.seed, labels=labels, truncation=truncation)
     codec.write(out, stored, min(arguments.columns, arguments.n) if arguments.columns else None)
     print(f"{arguments.n} samples in {out}")
+
+
+def _publish(arguments: argparse.Namespace) -> None:
+    options = {name: value for name, value in vars(arguments).items() if name not in ("run", "run_folder", "repo_id")}
+    done = push_to_hub(arguments.run_folder, arguments.repo_id, **options)
+    if arguments.dry_run:
+        for parcel in done.parcels:
+            print(f"{parcel.kind} {parcel.repo_id}{', private' if arguments.private else ''}: nothing was sent")
+            for path, (size, digest) in described(parcel).items():
+                print(f"  {path:<34} {size:>12,} bytes  sha256 {digest}")
+            print(f"\n{CARD}:\n\n{parcel.files[CARD].decode()}")
+    for url in done.urls:
+        print(f"published: {url}")
+    if arguments.license is None:
+        print("no licence is named; --license cc-by-4.0, for example, says what others may do with the weights")
 
 
 def _info(arguments: argparse.Namespace) -> None:

@@ -50,6 +50,8 @@ TASKS = (
     *("tabular-classification", "tabular-regression", "video-classification", "other"),
 )
 SDKS = ("gradio", "docker", "static")
+CODES = {404: "RepoNotFound"}
+"""The Hub's error codes where a fault is ordered by its status alone."""
 Fault = int | str
 _numbers = count(1)  # so that no two repositories of a session share a commit
 
@@ -577,9 +579,8 @@ class _Handler(BaseHTTPRequestHandler):
         if fault == "drop":
             self._hang_up()
             return
-        answer = (
-            _refuse(RefusalError(fault, "ordered by the test")) if isinstance(fault, int) else _dispatch(hub, request)
-        )
+        ordered = RefusalError(fault, "ordered by the test", CODES.get(fault, "")) if isinstance(fault, int) else None
+        answer = _refuse(ordered) if ordered else _dispatch(hub, request)
         request.status = answer.status
         self.send_response(answer.status)
         for name, value in {"Content-Type": "application/json", **answer.headers}.items():

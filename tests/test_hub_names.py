@@ -135,7 +135,7 @@ def test_a_gated_model_says_where_to_ask(hub, tmp_path):
 FAULTS = [
     ("(HEAD|GET) .*", 401, "does not know the token"),
     ("(HEAD|GET) .*", 403, "the token may not do this"),
-    ("HEAD .*", 404, "the Hub refused 'ada/model' (status 404)"),
+    ("HEAD .*", 404, "there is no folder 'ada/model', and no such repository on the Hub, or it is private"),
     ("(HEAD|GET) .*", 429, "wait a few minutes"),
     ("(HEAD|GET) .*", 500, "out of order (status 500)"),
     ("(HEAD|GET) .*", 503, "out of order (status 503)"),

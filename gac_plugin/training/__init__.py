@@ -4,6 +4,7 @@ from gac_plugin.training.checkpoint import Checkpoints, newest_intact, read_chec
 from gac_plugin.training.config import PRESETS, Config
 from gac_plugin.training.hub import from_pretrained, load_discriminator, load_generator
 from gac_plugin.training.loop import train
+from gac_plugin.training.publish import push_to_hub
 
 __all__ = [
     "PRESETS",
@@ -13,6 +14,7 @@ __all__ = [
     "load_discriminator",
     "load_generator",
     "newest_intact",
+    "push_to_hub",
     "read_checkpoint",
     "train",
 ]

@@ -6,12 +6,14 @@
 import json
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import fields
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import yaml
 from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
@@ -97,11 +99,11 @@ def model_card(
     settings, recipe = read_config(run / RECIPE), read_recipe(run / "generator")
     evaluation = read_config(run / EVALUATION) if (run / EVALUATION).is_file() else {}
     kind = kind_of(recipe)
-    data = card_data(settings, recipe, evaluation, repo_id, license)
+    data = _metadata(run, settings, recipe, evaluation, repo_id, license)
     sections = {
         f"# {repo_id.split('/')[-1]}": _summary(run, settings, recipe, kind),
         "## How to load it": _loading(recipe, repo_id, kind, discriminator, space),
-        "## What it was trained on": _data_set(settings),
+        "## What it was trained on": _data_set(run, settings),
         "## How it was trained": _training(run, settings, training),
         "## Figures": _figures(evaluation),
         "## Limitations": _limitations(kind),
@@ -111,18 +113,17 @@ def model_card(
     return f"---\n{data.to_yaml()}\n---\n\n{body}\n"
 
 
-def card_data(
-    settings: Mapping[str, Any], recipe: Recipe, evaluation: Mapping[str, Any], repo_id: str, license: str | None
+def _metadata(
+    run: Path,
+    settings: Mapping[str, Any],
+    recipe: Recipe,
+    evaluation: Mapping[str, Any],
+    repo_id: str,
+    license: str | None,
 ) -> ModelCardData:
-    """The metadata of a card; see `model_card`.
-
-    Args:
-        settings: of the run.
-        evaluation: what `Evaluation.to_json` gave; empty for none.
-    """
-    kind, on_hub = kind_of(recipe), hub_data_set(settings["dataset"])
+    kind, on_hub = kind_of(recipe), hub_data_set(run, settings["dataset"])
     tags = ["gan", "gac", "pytorch", kind.tag, *(["class-conditional"] if recipe.classes else [])]
-    results = _results(settings, evaluation, kind)
+    results = _results(run, settings, evaluation, kind)
     return ModelCardData(
         license=license,
         library_name="gac-plugin",
@@ -140,8 +141,14 @@ def kind_of(recipe: Recipe) -> Kind:
     return KINDS.get(IMAGES if medium is None else medium.column, OTHER)
 
 
-def hub_data_set(dataset: str) -> str | None:
-    """The name of a data set on the Hub, None where it is embedded or a local folder."""
+def hub_data_set(run: Path, dataset: str) -> str | None:
+    """The name of a run's data set on the Hub, None where it is embedded or a local folder.
+
+    The card that training has left knows; a folder may have moved since.
+    """
+    card = run / "generator" / CARD
+    if card.is_file():
+        return dataset if dataset in _named_data_sets(card.read_text(encoding="utf-8", errors="replace")) else None
     try:
         validate_repo_id(dataset)
     except HFValidationError:
@@ -149,9 +156,15 @@ def hub_data_set(dataset: str) -> str | None:
     return None if dataset == EMBEDDED or Path(dataset).exists() else dataset
 
 
-def data_set_name(dataset: str) -> str:
-    """What to call a data set: its name on the Hub, or its folder's name without the way to it."""
-    return hub_data_set(dataset) or Path(dataset).name or "data"
+def _named_data_sets(card: str) -> list[str]:
+    with suppress(yaml.YAMLError, AttributeError):
+        return yaml.safe_load(card.split("---\n")[1]).get("datasets") or []
+    return []
+
+
+def data_set_name(run: Path, dataset: str) -> str:
+    """What to call a run's data set: its name on the Hub, or its folder's name without the way to it."""
+    return hub_data_set(run, dataset) or Path(dataset).name or "data"
 
 
 def without_path(value: Any) -> Any:
@@ -159,7 +172,7 @@ def without_path(value: Any) -> Any:
     return Path(value).name if isinstance(value, str) and value.startswith(("/", "~")) else value
 
 
-def _results(settings: Mapping[str, Any], evaluation: Mapping[str, Any], kind: Kind) -> list[EvalResult]:
+def _results(run: Path, settings: Mapping[str, Any], evaluation: Mapping[str, Any], kind: Kind) -> list[EvalResult]:
     counts = {name: evaluation[name] for name in ("real_samples", "generated_samples") if name in evaluation}
     named = {"frechet": "Frechet distance", "precision": "Precision", "recall": "Recall"}
     found = {name: evaluation[name] for name in named if math.isfinite(evaluation.get(name, math.nan))}
@@ -167,8 +180,8 @@ def _results(settings: Mapping[str, Any], evaluation: Mapping[str, Any], kind: K
     return [
         EvalResult(
             task_type=kind.task,
-            dataset_type=hub_data_set(settings["dataset"]) or data_set_name(settings["dataset"]).lower(),
-            dataset_name=data_set_name(settings["dataset"]),
+            dataset_type=hub_data_set(run, settings["dataset"]) or data_set_name(run, settings["dataset"]).lower(),
+            dataset_name=data_set_name(run, settings["dataset"]),
             metric_type="frechet_distance" if name == "frechet" else name,
             metric_name=f"{named[name]} in {evaluation['features']}",
             metric_value=round(value, 4),
@@ -183,9 +196,10 @@ def _summary(run: Path, settings: Mapping[str, Any], recipe: Recipe, kind: Kind)
         size = sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
     shape = " x ".join(map(str, recipe.arguments["sample_shape"]))
     told = f", of {recipe.classes} classes that can be asked for" if recipe.classes else ""
+    data_set = data_set_name(run, settings["dataset"])
     lines = [
-        f"A generator of {kind.samples} ({shape}{told}), trained from scratch on {data_set_name(settings['dataset'])} "
-        "with GAC, gradient ascent along the discriminator's conjugate gradient direction, by "
+        f"A generator of {kind.samples} ({shape}{told}), trained from scratch on {data_set} with GAC, "
+        "gradient ascent along the discriminator's conjugate gradient direction, by "
         f"gac-plugin {__version__}: the networks of its adapter `{recipe.adapter}`, {size:,} weights.",
         f"![{COUNT} samples]({PICTURE})",
         f"*{COUNT} samples, not picked: what `gac sample` makes without further flags.*",
@@ -230,7 +244,7 @@ def _package(adapter: str) -> str:
     return next(found, "gac-plugin")
 
 
-def _data_set(settings: Mapping[str, Any]) -> str:
+def _data_set(run: Path, settings: Mapping[str, Any]) -> str:
     dataset, split = settings["dataset"], settings.get("split")
     if dataset == EMBEDDED:
         return (
@@ -238,10 +252,10 @@ def _data_set(settings: Mapping[str, Any]) -> str:
             "*Optical Recognition of Handwritten Digits*, E. Alpaydin and C. Kaynak, UCI Machine Learning Repository, "
             "doi 10.24432/C50P49, CC BY 4.0."
         )
-    on_hub = hub_data_set(dataset)
+    on_hub = hub_data_set(run, dataset)
     if on_hub:
         return f"The split `{split}` of [{on_hub}](https://huggingface.co/datasets/{on_hub}) on the Hub."
-    return f"The split `{split}` of `{data_set_name(dataset)}`, a data set in a folder of the author's own."
+    return f"The split `{split}` of `{data_set_name(run, dataset)}`, a data set in a folder of the author's own."
 
 
 def _training(run: Path, settings: Mapping[str, Any], published: bool) -> str:

@@ -1,5 +1,6 @@
 """Asking the Hub: what a repository's name looks like, and every failure of the client told in one line."""
 
+import json
 import os
 import re
 import sys
@@ -24,8 +25,10 @@ from gac_plugin.errors import UsageError
 
 CONNECTION_ERRORS: tuple[type[BaseException], ...] = (OSError, *HfHubHTTPError.__bases__)
 """Its versions speak HTTP by different packages, whose errors share a base with the client's own."""
-CLIENT_ERRORS: tuple[type[BaseException], ...] = (RuntimeError, ValueError, *CONNECTION_ERRORS)
+CLIENT_ERRORS: tuple[type[BaseException], ...] = (RuntimeError, ValueError, KeyError, *CONNECTION_ERRORS)
 """What the client raises."""
+UNREADABLE = (json.JSONDecodeError, KeyError)
+"""What the client raises over an answer that is not one of the Hub's, such as a proxy's page."""
 TOKEN = re.compile(r"hf_\w+")
 
 
@@ -87,13 +90,13 @@ def status_of(error: BaseException) -> int:
 
 
 def may_pass(error: BaseException | None) -> bool:
-    """Whether it was the Hub or the connection that failed, so that another try may do."""
-    if error is None or isinstance(error, OfflineModeIsEnabled):
+    """Whether trying again may help: the Hub is out of order, or the connection broke off."""
+    if error is None or isinstance(error, UsageError | OfflineModeIsEnabled):
         return False
     if status := status_of(error):
-        return status >= 500
-    broken_off = isinstance(error, CONNECTION_ERRORS) and not isinstance(error, FileNotFoundError | PermissionError)
-    return broken_off or may_pass(error.__cause__)
+        return status in (408, 500, 502, 503, 504)
+    broken_off = isinstance(error, (*CONNECTION_ERRORS, *UNREADABLE))
+    return (broken_off and not isinstance(error, FileNotFoundError | PermissionError)) or may_pass(error.__cause__)
 
 
 def _told(error: BaseException, repo_id: str, revision: str) -> str:
@@ -118,6 +121,7 @@ def _told(error: BaseException, repo_id: str, revision: str) -> str:
             return message
     status = status_of(error)
     by_status = {
+        402: f"the Hub wants a subscription of the owner of {repo_id!r} for this",
         401: "the Hub does not know the token, or wants one; log in again with `hf auth login`, or set HF_TOKEN",
         403: f"the token may not do this with {repo_id!r}; use one of its owner with the right to write",
         412: f"somebody changed {repo_id!r} in the meantime, and nothing was sent; look at {page} and try again",
@@ -128,9 +132,11 @@ def _told(error: BaseException, repo_id: str, revision: str) -> str:
         return by_status[status]
     if status >= 500:
         return f"the Hub is out of order (status {status}); try again later, see https://status.huggingface.co"
-    reason = " ".join(str(error).split()) or type(error).__name__
+    reason = " ".join(str(getattr(error, "server_message", None) or error).split()) or type(error).__name__
     if status:
         return f"the Hub refused {repo_id!r} (status {status}): {reason}"
+    if isinstance(error, UNREADABLE):
+        return "the Hub is out of order (its answer cannot be read); try again later, see https://status.huggingface.co"
     if isinstance(error, ValueError):
         return f"the Hub and {repo_id!r}: {reason}"
     return f"the Hub cannot be reached, or the connection broke off ({reason}); check the connection and try again"
