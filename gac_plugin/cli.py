@@ -129,7 +129,11 @@ def _publish(arguments: argparse.Namespace) -> None:
     done = push_to_hub(arguments.run_folder, arguments.repo_id, **options)
     if arguments.dry_run:
         for parcel in done.parcels:
-            print(f"{parcel.kind} {parcel.repo_id}{', private' if arguments.private else ''}: nothing was sent")
+            seen = "private" if arguments.private else "as the account's settings say, usually public"
+            print(
+                f"nothing was sent; to be sent to the {parcel.kind} {parcel.repo_id}, {arguments.revision or 'main'}:"
+            )
+            print(f"  if it is made: {seen}")
             for path, (size, digest) in described(parcel).items():
                 print(f"  {path:<34} {size:>12,} bytes  sha256 {digest}")
             print(f"\n{CARD}:\n\n{parcel.files[CARD].decode()}")

@@ -20,6 +20,7 @@ from gac_plugin.errors import UsageError
 from gac_plugin.training import Config, load_discriminator, load_generator, push_to_hub, train
 from gac_plugin.training.config import make_config
 from gac_plugin.training.publish import described, pack
+from gac_plugin.training.remote import asking
 
 # huggingface_hub hands the body of a large file to its HTTP client in a way that the client calls outdated
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -233,7 +234,7 @@ def test_a_dry_run_shows_all_and_asks_nothing(hub, run, capsys):
     out = capsys.readouterr().out
     assert hub.requests == []
     assert fingerprint(run) == before
-    assert "model ada/digits, private: nothing was sent" in out
+    assert "nothing was sent; to be sent to the model ada/digits, main:\n  if it is made: private\n" in out
     shown = {name: (int(size.replace(",", "")), digest) for name, size, digest in LINE.findall(out)}
     push_to_hub(run, "ada/digits", discriminator=True, license="mit", token=TOKEN)
     sent = hub.files("ada/digits")
@@ -548,6 +549,13 @@ def test_the_token_goes_into_one_header_and_nowhere_else(hub, run, capfd, caplog
         assert not any(TOKEN.encode() in path.read_bytes() for path in folder.rglob("*") if path.is_file())
 
 
+@pytest.mark.parametrize(("secret", "token"), [("hf_abcdef", None), ("of-a-form-of-its-own", "of-a-form-of-its-own")])
+def test_a_token_in_what_the_client_says_is_cut_out(secret, token):
+    with pytest.raises(UsageError) as caught, asking("ada/digits", token):
+        raise OSError(f"cannot send 'Authorization: Bearer {secret}'")
+    assert "cannot send 'Authorization: Bearer hf_***'" in str(caught.value)
+
+
 def test_a_pull_request_whose_answer_is_lost_is_not_opened_twice(hub, run, other):
     push_to_hub(other, "ada/digits", token=TOKEN)
     hub.fail("POST .*commit", "half")
@@ -558,6 +566,7 @@ def test_a_pull_request_whose_answer_is_lost_is_not_opened_twice(hub, run, other
 
 def test_without_a_terminal_there_are_no_progress_bars(logged_in, run):
     environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_DISABLE_PROGRESS_BARS"}
+    logged_in.fail("PUT", 500)  # of which the client would tell on its own
     done = gac("publish", str(run), "ada/digits", environment=environment)
     assert done.returncode == 0
     assert re.fullmatch(r"published: http\S+\nno licence is named; .*\n", done.stdout)

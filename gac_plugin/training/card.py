@@ -157,7 +157,7 @@ def hub_data_set(run: Path, dataset: str) -> str | None:
 
 
 def _named_data_sets(card: str) -> list[str]:
-    with suppress(yaml.YAMLError, AttributeError):
+    with suppress(yaml.YAMLError, AttributeError, IndexError):  # a card without readable metadata names none
         return yaml.safe_load(card.split("---\n")[1]).get("datasets") or []
     return []
 

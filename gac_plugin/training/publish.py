@@ -287,10 +287,7 @@ def _send(api: HfApi, parcel: Parcel, found: Any, revision: str | None, private:
         _require_place(parcel, found, private, pull_request=False, force=revision is not None)
 
     def commit() -> str:
-        # what is there comes before each try: a commit whose answer was lost has been made
-        now = _info(api, parcel, revision)
-        if {file.rfilename for file in now.siblings if _is_ours(parcel, file)} == parcel.files.keys():
-            return f"{api.endpoint}/{'' if kind == 'model' else kind + 's/'}{name}/commit/{now.sha}"
+        # made twice it is one commit: the client leaves out what the branch holds, and makes none of nothing
         made = api.create_commit(
             name,
             _operations(parcel),
