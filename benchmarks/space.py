@@ -39,6 +39,7 @@ def main() -> None:
             view.get_by_role("tab", name=arguments.tab).click()
             view.get_by_role("button", name=TABS[arguments.tab], exact=True).click()
             view.locator("img:visible").last.wait_for(timeout=PATIENCE)
+            view.mouse.move(0, 0)
             view.wait_for_timeout(1000)  # the button's and the tab's transitions
             view.screenshot(path=arguments.out, full_page=True)
             browser.close()

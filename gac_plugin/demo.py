@@ -1,4 +1,4 @@
-"""A page on which visitors try a saved generator: samples, refinement, latent walks. `gac demo`, and the app of a Space."""
+"""A page on which visitors try a saved generator: samples, refinement, latent walks. `gac demo`, and a Space's app."""
 
 import base64
 import html
@@ -13,7 +13,6 @@ from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from PIL import Image as Picture
 from torch import Tensor, nn
 
@@ -71,7 +70,9 @@ class Player:
 
 
 PLAYERS = {
-    ".wav": Player(lambda gr: gr.Audio(label="One after the other", interactive=False, buttons=[]), lambda data: data),
+    ".wav": Player(
+        lambda gr: gr.Audio(label="One after the other", interactive=False, buttons=["download"]), lambda data: data
+    ),
     ".txt": Player(lambda gr: gr.Textbox(label="Texts", lines=HEARD, interactive=False), lambda data: data.decode()),
 }
 
@@ -115,7 +116,7 @@ class Model:
         assert self.discriminator is not None
         steps = whole("steps", steps, 0, MOST_STEPS)
         latents, labels = self._draw(seed, count, label, truncation)
-        conditions = {} if labels is None else {"labels": labels}
+        conditions: dict[str, Any] = {} if labels is None else {"labels": labels}
         reports: list[Refined] = []
         refined = refine(self.generator, self.discriminator, latents, steps, report=reports.append, **conditions)
         before, after = (render(self.generator, self.codec, z, labels) for z in (latents, refined))
@@ -232,8 +233,8 @@ def serve(model: str | Path, host: str | None = None, port: int | None = None) -
     """
     page = demo(model)
     theme = _gradio().themes.Soft(font=FONTS, font_mono=FONTS_MONO).set(**COLOURS)
-    look = {"theme": theme, "css": STYLE, "footer_links": []}
-    listen = {"server_name": host, "server_port": port, "share": False, "ssr_mode": False}
+    look: dict[str, Any] = {"theme": theme, "css": STYLE, "footer_links": []}
+    listen: dict[str, Any] = {"server_name": host, "server_port": port, "share": False, "ssr_mode": False}
     try:
         _, address, _ = page.launch(**listen, **look, quiet=True, prevent_thread_lock=True)
     except (OSError, OverflowError) as error:
