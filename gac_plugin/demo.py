@@ -34,6 +34,7 @@ HEARD = 16
 IN_TURN = -1
 """The choice of a class that means all of them in turn."""
 TRUNCATIONS = {"off": 0.0, "2": 2.0, "1": 1.0, "0.5": 0.5}
+FRAME = "#80808060"
 WIDTH = 600
 """Pixels of the screen that a grid of small pictures is enlarged to, at most."""
 FONTS = ("Segoe UI", "Roboto", "Helvetica Neue", "Arial", "sans-serif")
@@ -157,16 +158,16 @@ def whole(name: str, value: Any, least: int, most: int) -> int:
 
 
 def grid(pixels: Tensor) -> Picture.Image:
-    """Images uint8 (N, C, H, W) side by side in an RGBA picture, pixel for pixel, with transparent gaps."""
+    """Images uint8 (N, C, H, W) side by side in an RGBA picture, pixel for pixel, framed by half-transparent grey."""
     count, channels, height, width = pixels.shape
     columns = int((count - 1) ** 0.5) + 1
     gap = max(1, max(height, width) // 28)
-    size = columns * (width + gap) - gap, -(-count // columns) * (height + gap) - gap
-    sheet = Picture.new("RGBA", size)
+    size = columns * (width + gap) + gap, -(-count // columns) * (height + gap) + gap
+    sheet = Picture.new("RGBA", size, FRAME)
     for index, image in enumerate(pixels.cpu().permute(0, 2, 3, 1).numpy()):
         row, column = divmod(index, columns)
         tile = Picture.fromarray(image[..., 0] if channels == 1 else image)
-        sheet.paste(tile.convert("RGBA"), (column * (width + gap), row * (height + gap)))
+        sheet.paste(tile.convert("RGBA"), (column * (width + gap) + gap, row * (height + gap) + gap))
     return sheet
 
 
@@ -323,22 +324,23 @@ def _walk_tab(gr: Any, model: Model, draw: Sequence[Any]) -> None:
 
 
 def _view(gr: Any, codec: Codec) -> list[Any]:
-    """Components that show samples: their pictures and, where they are sound or text, that."""
+    """Components that show samples: a player where they are sound or text, and their pictures."""
     player = PLAYERS.get(codec.suffixes[0])
-    pictures = gr.HTML(elem_classes="samples")
-    return [pictures, player.component(gr)] if player else [pictures]
+    players = [player.component(gr)] if player else []
+    return [*players, gr.HTML(elem_classes="samples")]
 
 
 def _filled(view: Sequence[Any], codec: Codec, stored: Tensor, caption: str) -> dict[Any, Any]:
     """Values of a view's components."""
-    values = [figure([grid(codec.pictures(stored))], caption)]
+    values: list[Any] = []
     suffix = codec.suffixes[0]
     if suffix in PLAYERS:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, f"samples{suffix}")
             codec.write(path, stored[:HEARD])
             values.append(PLAYERS[suffix].value(path.read_bytes()))
-    return dict(zip(view, values, strict=True))
+    pictures = figure([grid(codec.pictures(stored))], caption)
+    return dict(zip(view, [*values, pictures], strict=True))
 
 
 def _event(gr: Any, answer: Callable[..., Any]) -> dict[str, Any]:
