@@ -232,14 +232,16 @@ def serve(model: str | Path, host: str | None = None, port: int | None = None) -
     Raises:
         UsageError: see `demo`; or the port is taken or not a port.
     """
+    if port is not None and not 1 <= port <= 65535:
+        raise UsageError(f"the port must be between 1 and 65535, got {port}")
     page = demo(model)
     theme = _gradio().themes.Soft(font=FONTS, font_mono=FONTS_MONO).set(**COLOURS)
-    look: dict[str, Any] = {"theme": theme, "css": STYLE, "footer_links": []}
+    look: dict[str, Any] = {"theme": theme, "css": STYLE, "footer_links": [], "run_history": False}
     listen: dict[str, Any] = {"server_name": host, "server_port": port, "share": False, "ssr_mode": False}
     try:
         _, address, _ = page.launch(**listen, **look, quiet=True, prevent_thread_lock=True)
-    except (OSError, OverflowError) as error:
-        raise UsageError(f"cannot listen on port {port}: {error}; choose another one") from error
+    except OSError as error:
+        raise UsageError(f"cannot listen on port {port or '7860 or the next ones'}; choose one that is free") from error
     return page, address
 
 

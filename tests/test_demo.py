@@ -184,6 +184,12 @@ def test_without_gradio_the_extra_is_named(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().err == "gac: error: the demo needs gradio; install it: pip install 'gac-plugin[demo]'\n"
 
 
+@pytest.mark.parametrize("port", ["0", "65536", "-1"])
+def test_a_port_that_is_none_is_told(port, capsys):
+    assert main(["demo", "run", "--port", port]) == 2
+    assert capsys.readouterr().err == f"gac: error: the port must be between 1 and 65535, got {port}\n"
+
+
 def test_a_space_is_an_app_its_requirements_and_a_readme_that_the_hub_can_read():
     files = space_files("ada/digits-1.2")
     assert sorted(files) == ["README.md", "app.py", "requirements.txt"]
