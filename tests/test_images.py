@@ -260,7 +260,8 @@ def test_the_limit_on_damaged_images():
     assert len(stored(cells, 5).decoded(1e9, show=False)) == 5
     message = (
         r"^at least 5 rows of split 'train' cannot be read, and 4 may be so: row 1 \(the cell is empty\), "
-        r"row 2 \(the cell is empty\), row 5 \(the cell is empty\); repair or remove what is damaged, or raise --max-unreadable$"
+        r"row 2 \(the cell is empty\), row 5 \(the cell is empty\); repair or remove what is damaged, or raise "
+        r"--max-unreadable$"
     )
     with pytest.raises(UsageError, match=message):
         stored(cells, 4).decoded(1e9, show=False)

@@ -21,8 +21,9 @@ from safetensors import safe_open
 from torch import nn
 
 from gac_plugin import __version__
+from gac_plugin.training.columns import IMAGES
 from gac_plugin.training.config import EMBEDDED, Config, read_config
-from gac_plugin.training.data import IMAGES, codec_of
+from gac_plugin.training.data import codec_of
 from gac_plugin.training.files import write_whole
 from gac_plugin.training.generate import generate
 from gac_plugin.training.hub import RECIPE, WEIGHTS, read_recipe
@@ -35,7 +36,10 @@ PLACEHOLDER = "USER/NAME"
 COUNT = 64
 """Samples in the picture: those that `gac sample` makes without further flags."""
 TEXTS_SHOWN = 16
-APART = ("dataset", "tracker", "cpu", "workers", "log_every", "sample_every", "checkpoint_every", "keep_checkpoints")
+APART = (
+    *("dataset", "tracker", "cpu", "workers", "memory", "max_unreadable"),
+    *("log_every", "sample_every", "checkpoint_every", "keep_checkpoints"),
+)
 """Settings that say nothing of how the generator came to be, or are told elsewhere on the card."""
 
 
