@@ -2,8 +2,10 @@
 
 import json
 import re
+import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,9 +13,10 @@ from PIL import Image as Picture
 from safetensors.torch import load_file, save_file
 
 from gac_plugin import BETAS, LOSSES, METRICS
-from gac_plugin.cli import main
+from gac_plugin.cli import _parser, main
 from gac_plugin.train import main as train_main
 
+ROOT = Path(__file__).parents[1]
 QUICK = ["--steps", "4", "--width", "8", "--evaluation-samples", "40", "--cpu"]
 
 
@@ -165,3 +168,16 @@ def test_weights_with_nan_are_said_not_drawn(run, tmp_path, capsys):
 
 def _err(capsys) -> str:
     return capsys.readouterr().err
+
+
+def commands_shown() -> list[str]:
+    """Lines in the code blocks of the documentation that call gac."""
+    pages = [ROOT / "README.md", *sorted(ROOT.glob("*/**/README.md")), *sorted((ROOT / "gac_plugin").rglob("*.md"))]
+    blocks = [block for page in pages for block in re.findall(r"```bash\n(.*?)```", page.read_text(), re.S)]
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    return sorted({line[line.index("gac ") :] for line in lines if line.startswith("gac ") or "&& gac " in line})
+
+
+@pytest.mark.parametrize("line", commands_shown(), ids=lambda line: line[:60])
+def test_every_command_in_the_documentation_can_be_parsed(line):
+    _parser().parse_args(shlex.split(line, comments=True)[1:])

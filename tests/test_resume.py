@@ -43,6 +43,7 @@ KINDS = {
     "schedules": {"lr_schedule": "cosine:0.1", "warmup": 7, "ema_schedule": "linear:0.1", "penalty_schedule": "linear"},
     "bf16, clipped": {"mixed_precision": "bf16", "rule": "hz", "max_norm": 0.5},
     "conditional": {"conditional": True, "workers": 1},
+    "mapped file": {"memory": 0.0},
     "evaluated": {"evaluate_every": 6, "keep_checkpoints": 1},
 }
 
