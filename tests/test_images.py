@@ -266,9 +266,7 @@ def test_the_limit_on_damaged_images():
     with pytest.raises(UsageError, match=message):
         stored(cells, 4).decoded(1e9, show=False)
     cells[2:] = [number(0)]
-    with pytest.raises(
-        UsageError, match=r"^at least 1 row of split .*: row 1 \(the cell is empty\);.*--max-unreadable N"
-    ):
+    with pytest.raises(UsageError, match=r"^at least 1 row of .*: row 1 \(the cell is empty\);.*--max-unreadable N"):
         stored(cells, 0).decoded(1e9, show=False)
     with pytest.raises(UsageError, match="no row of split 'train' can be read: row 0"):
         stored([None] * 3)

@@ -9,9 +9,12 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import datasets
+import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from PIL import Image as Picture
 from safetensors.torch import load_file
 
 from gac_plugin import GAC
@@ -109,6 +112,28 @@ def test_a_resumed_run_is_the_run_that_was_not_interrupted(tmp_path, signal_at, 
     assert (second.stopped, second.step) == (Stop.NO, 24)
     assert_same_run(whole.folder, second.folder)
     assert second.evaluation == whole.evaluation
+
+
+def test_a_resumed_run_replaces_the_same_damaged_images(tmp_path, signal_at):
+    """With labels, and whatever the number of workers."""
+    pixels = np.random.default_rng(0).integers(0, 256, (150, 8, 8), dtype=np.uint8)
+    rows = datasets.Dataset.from_dict(
+        {
+            "image": [None if row % 11 == 3 else Picture.fromarray(image) for row, image in enumerate(pixels)],
+            "label": [row % 5 for row in range(150)],
+        },
+        datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(num_classes=5)}),
+    )
+    rows.to_parquet(tmp_path / "set" / "data" / "train-00000-of-00001.parquet")
+    config = replace(RUN, dataset=str(tmp_path / "set"), conditional=True, workers=1, max_unreadable=14)
+    whole = train(replace(config, output_dir=str(tmp_path / "whole")))
+    signal_at(signal.SIGTERM, 13)
+    config = replace(config, workers=2, output_dir=str(tmp_path / "parts"))
+    assert train(config).step == 13
+    second = train(replace(config, max_unreadable=20, resume="auto"))
+    assert_same_run(whole.folder, second.folder)
+    with pytest.raises(UsageError, match=r"at least 14 rows of split 'train' cannot be read, and 13 may be so"):
+        train(replace(config, max_unreadable=13, output_dir=str(tmp_path / "few")))
 
 
 def test_a_run_killed_after_its_checkpoint_goes_on_from_it_as_well(tmp_path):

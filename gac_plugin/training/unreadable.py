@@ -45,8 +45,8 @@ class Unreadable:
             )
         if self.rows and len(self.reasons) == self.rows:
             raise UsageError(
-                f"no row of split {self.split!r} can be read: {self._first(3)}; repair "
-                "them, or choose another --split or --column"
+                f"no row of split {self.split!r} can be read: {self._first(3)}; repair them, or choose another --split "
+                "or --column"
             )
 
     def anew(self) -> "Unreadable":
