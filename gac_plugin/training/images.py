@@ -113,12 +113,12 @@ class Stored:
             UsageError: an image is of another size, or in colour where C = 1; or more rows than may be so cannot be
                 read.
         """
-        pixels, found = np.empty((len(rows), *self.sample_shape), np.uint8), rows.clone()
-        met, numbers = self.unreadable.anew(), rows.tolist()
-        for place, (row, cell) in enumerate(zip(numbers, self._cells(numbers), strict=True)):
-            found[place], image = self._next_readable(row, cell, met)
-            self._fill(pixels[place], image, int(found[place]))
-        return Part(torch.from_numpy(pixels), found, met.reasons)
+        pixels, found = np.empty((len(rows), *self.sample_shape), np.uint8), rows.tolist()
+        met = self.unreadable.anew()
+        for place, cell in enumerate(self._cells(rows.tolist())):
+            found[place], image = self._next_readable(found[place], cell, met)
+            self._fill(pixels[place], image, found[place])
+        return Part(torch.from_numpy(pixels), torch.tensor(found, dtype=torch.int64), met.reasons)
 
     def decoded(self, memory: float, show: bool) -> Decoded:
         """All of them that can be read, in colour if any one is.

@@ -84,7 +84,7 @@ class Decoded:
         return len(self.values)
 
     def __getitem__(self, rows: Tensor, /) -> Tensor:
-        return self.values[rows].contiguous()
+        return self.values.index_select(0, rows.to(self.device))
 
     def read(self, rows: Tensor, /) -> Part:
         """Row numbers, int64, shape (n,) -> their values."""
