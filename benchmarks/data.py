@@ -23,6 +23,7 @@ from itertools import islice
 from multiprocessing import get_context, set_start_method
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import datasets
 import numpy as np
@@ -32,8 +33,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from gac_plugin.training import Config, loop, train
-from gac_plugin.training.batches import batches
 from gac_plugin.training.data import load_data
+from gac_plugin.training.feed import Feed
 
 HERE = Path(__file__).parent
 COMMAND = "python benchmarks/data.py MNIST_FOLDER CIFAR_FOLDER"
@@ -49,9 +50,8 @@ Batches = Iterator[Tensor]
 
 def ours(folder: str, **settings: Any) -> Batches:
     """What `gac train` does."""
-    config = Config(dataset=folder, cpu=True, **settings)
-    data = load_data(config)
-    stream = batches(data.train, BATCH, data.codec.to_samples, config.seed, workers=config.workers)
+    config = Config(dataset=folder, batch_size=BATCH, cpu=True, **settings)
+    stream = Feed(config, load_data(config), 0, 1, torch.device("cpu")).batches()
     return (samples for samples, _ in stream)
 
 
@@ -120,23 +120,24 @@ def endless(rows: datasets.Dataset, workers: int) -> Iterator[Any]:
 
 
 @dataclass(frozen=True)
-class Feed:
+class Contender:
     """A line of the tables. `loop`: whether the training loop is measured with it as well."""
 
     open: Callable[[str], Batches]
     loop: bool = True
 
 
-FEEDS: Mapping[str, Feed] = {
-    "ours, decoded once into memory (default)": Feed(ours),
-    "ours, decoded once into a mapped file (`--memory 0`)": Feed(partial(ours, memory=0.0)),
-    "ours, decoded as needed (`--workers 2`)": Feed(partial(ours, workers=2)),
-    "`set_transform` + DataLoader": Feed(partial(transformed, workers=0)),
-    "`set_transform` + DataLoader, 2 workers": Feed(partial(transformed, workers=2)),
-    '`with_format("torch")` + DataLoader': Feed(partial(formatted, workers=0), loop=False),
-    '`with_format("torch")` + DataLoader, 2 workers': Feed(partial(formatted, workers=2), loop=False),
-    "`Array3D` column + DataLoader": Feed(array_column, loop=False),
-    "column of bytes, a batch at a time": Feed(bytes_column, loop=False),
+FEEDS: Mapping[str, Contender] = {
+    "ours, decoded once into memory (default)": Contender(ours),
+    "ours, decoded once into a mapped file (`--memory 0`)": Contender(partial(ours, memory=0.0)),
+    "ours, decoded as needed (`--workers 2`)": Contender(partial(ours, workers=2)),
+    "ours, read as needed (`--streaming`)": Contender(partial(ours, streaming=True)),
+    "`set_transform` + DataLoader": Contender(partial(transformed, workers=0)),
+    "`set_transform` + DataLoader, 2 workers": Contender(partial(transformed, workers=2)),
+    '`with_format("torch")` + DataLoader': Contender(partial(formatted, workers=0), loop=False),
+    '`with_format("torch")` + DataLoader, 2 workers': Contender(partial(formatted, workers=2), loop=False),
+    "`Array3D` column + DataLoader": Contender(array_column, loop=False),
+    "column of bytes, a batch at a time": Contender(bytes_column, loop=False),
 }
 
 
@@ -177,20 +178,20 @@ def loop_wait(feed: str, folder: str, steps: int) -> dict[str, float]:
     """Seconds of a step of `gac train`, and of it those in which it waits for the batch; without the first steps."""
     waits, ends = [], []
 
-    def timed(*_: Any, **__: Any) -> Iterator[tuple[Tensor, Tensor]]:
-        stream, rows = FEEDS[feed].open(folder), torch.zeros(BATCH, dtype=torch.int64)
+    def timed(_: Feed) -> Iterator[tuple[Tensor, None]]:
+        stream = FEEDS[feed].open(folder)
         while True:
             began = time.perf_counter()
             batch = next(stream)
             ends.append(time.perf_counter())
             waits.append(ends[-1] - began)
-            yield batch, rows
+            yield batch, None
 
-    loop.batches = timed  # type: ignore[assignment]
     with tempfile.TemporaryDirectory() as output:
         # the run's own images are decoded as needed, so that loading them takes no time; it never reads them
         settings = {"steps": steps, "evaluation_samples": 0, "checkpoint_every": 0, "log_every": steps, "workers": 1}
-        train(Config(dataset=folder, output_dir=f"{output}/run", cpu=True, **settings))
+        with mock.patch.object(loop.Feed, "batches", timed):
+            train(Config(dataset=folder, output_dir=f"{output}/run", cpu=True, **settings))
     skipped = steps // 10
     step = (ends[-1] - ends[skipped]) / (len(ends) - 1 - skipped)
     wait = statistics.mean(waits[skipped + 1 :])
