@@ -1,7 +1,7 @@
 """What a run is trained on, batch by batch, and where it stands in that: in memory, stored or streamed."""
 
 import json
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -64,7 +64,11 @@ class Feed:
         return {"epoch": epoch, "images": batch * self._taken}
 
     def batches(self) -> Generator[Batch]:
-        """Endless batches, from where the feed stands; see `training.batches.batches` and `Stream.batches`."""
+        """Endless batches, from where the feed stands; see `training.batches.batches` and `Stream.batches`.
+
+        Raises:
+            UsageError: the data set is smaller than one batch of all processes.
+        """
         train = self.data.train
         return self._streamed(train) if isinstance(train, Stream) else self._stored(train)
 
@@ -88,9 +92,8 @@ class Feed:
         return self.config.batch_size * self.processes
 
     def _stored(self, source: Source) -> Generator[Batch]:
-        config = self.config
-        labels = None if source.labels is None else source.labels.to(self.device)
-        for samples, rows in batches(
+        config, labels = self.config, None if source.labels is None else source.labels.to(self.device)
+        found = batches(
             source,
             config.batch_size,
             self.data.codec.to_samples,
@@ -100,7 +103,11 @@ class Feed:
             self.device,
             config.workers,
             self._given,
-        ):
+        )
+        return self._counted(found, labels)
+
+    def _counted(self, found: Iterator[tuple[Tensor, Tensor]], labels: Tensor | None) -> Generator[Batch]:
+        for samples, rows in found:
             self._given += 1
             yield samples, None if labels is None else labels[rows]
 

@@ -26,7 +26,7 @@ from gac_plugin.training.checkpoint import Checkpoint, Checkpoints, Stateful, ne
 from gac_plugin.training.config import FEWEST_TO_EVALUATE, Config
 from gac_plugin.training.data import Data, load_data
 from gac_plugin.training.evaluate import Evaluation, Features, evaluate, make_features
-from gac_plugin.training.feed import Feed
+from gac_plugin.training.feed import Batch, Feed
 from gac_plugin.training.files import next_run, run_folder, write_json
 from gac_plugin.training.game import Game
 from gac_plugin.training.generate import generate
@@ -169,7 +169,7 @@ class _Run:
 
     def go(self) -> Result:
         """Train to the end, or until something stops it, and close the run."""
-        stream, start, stop = self._stream(), time.perf_counter(), Stop.NO
+        stream, start, stop = self._stream(self.feed.batches()), time.perf_counter(), Stop.NO
         progress = tqdm(
             initial=self.step,
             total=self.config.steps,
@@ -206,9 +206,9 @@ class _Run:
                 self.checkpoints.wait()
         return self._close(stop, seconds)
 
-    def _stream(self) -> Generator[tuple[Tensor, Tensor, dict[str, Tensor]]]:
+    def _stream(self, real: Generator[Batch]) -> Generator[tuple[Tensor, Tensor, dict[str, Tensor]]]:
         """Real samples, latents and conditions of the batches to come, each process's share of them."""
-        with closing(self.feed.batches()) as real:
+        with closing(real):
             for number, (samples, labels) in enumerate(real, self.step * self.config.accumulation):
                 conditions = {"labels": labels} if self.recipe.classes and labels is not None else {}
                 yield samples, self._latents(number), conditions
