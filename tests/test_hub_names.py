@@ -1,5 +1,6 @@
 """Networks by their name on the Hub: two files of one commit are fetched, and every failure is one line."""
 
+import errno
 import json
 import os
 import subprocess
@@ -160,6 +161,17 @@ def test_every_failure_is_one_line(model, tmp_path, capsys, monkeypatch, pattern
     assert not (tmp_path / "grid.png").exists()
     hub.clear()
     assert main(["sample", "ada/model", "--out", str(tmp_path / "grid.png")]) == 0
+
+
+def test_a_cache_that_cannot_be_written_is_not_taken_for_the_hub(model, monkeypatch):
+    def full(*arguments, **more):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("gac_plugin.training.hub.hf_hub_download", full)
+    with pytest.raises(
+        UsageError, match=r"cannot keep the files of 'ada/model' in .*: No space left on device; set HF_H"
+    ):
+        load_generator("ada/model")
 
 
 def test_a_failure_that_passes_is_not_told(model):

@@ -549,7 +549,9 @@ def test_the_token_goes_into_one_header_and_nowhere_else(hub, run, capfd, caplog
         assert not any(TOKEN.encode() in path.read_bytes() for path in folder.rglob("*") if path.is_file())
 
 
-@pytest.mark.parametrize(("secret", "token"), [("hf_abcdef", None), ("of-a-form-of-its-own", "of-a-form-of-its-own")])
+@pytest.mark.parametrize(
+    ("secret", "token"), [("hf_" + 17 * "aZ", None), ("of-a-form-of-its-own", "of-a-form-of-its-own")]
+)
 def test_a_token_in_what_the_client_says_is_cut_out(secret, token):
     with pytest.raises(UsageError) as caught, asking("ada/digits", token):
         raise OSError(f"cannot send 'Authorization: Bearer {secret}'")

@@ -100,7 +100,7 @@ def model_card(
     Raises:
         UsageError: a file of the run cannot be read.
     """
-    settings, recipe = read_config(run / RECIPE), read_recipe(run / "generator")
+    settings, recipe = {**Config().to_json(), **read_config(run / RECIPE)}, read_recipe(run / "generator")
     evaluation = read_config(run / EVALUATION) if (run / EVALUATION).is_file() else {}
     kind = kind_of(recipe)
     data = _metadata(run, settings, recipe, evaluation, repo_id, license)

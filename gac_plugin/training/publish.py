@@ -175,10 +175,11 @@ def shared_settings(run: Path) -> dict[str, Any]:
 
     A data set in a folder becomes "./NAME", so that nothing else is taken for it: it is wanted beside the settings.
     """
-    settings = {name: without_path(value) for name, value in read_config(run / RECIPE).items()}
-    dataset = read_config(run / RECIPE)["dataset"]
-    here = dataset == EMBEDDED or hub_data_set(run, dataset)
-    return settings | {"dataset": dataset if here else f"./{data_set_name(run, dataset)}"}
+    settings = {"dataset": EMBEDDED, **read_config(run / RECIPE)}
+    dataset = settings["dataset"]
+    everywhere = dataset == EMBEDDED or hub_data_set(run, dataset)
+    shared = dataset if everywhere else f"./{data_set_name(run, dataset)}"
+    return {name: without_path(value) for name, value in settings.items()} | {"dataset": shared}
 
 
 def _pack_space(repo_id: str) -> Parcel:

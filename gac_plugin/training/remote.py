@@ -29,7 +29,7 @@ CLIENT_ERRORS: tuple[type[BaseException], ...] = (RuntimeError, ValueError, KeyE
 """What the client raises."""
 UNREADABLE = (json.JSONDecodeError, KeyError)
 """What the client raises over an answer that is not one of the Hub's, such as a proxy's page."""
-TOKEN = re.compile(r"hf_\w+")
+TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
 
 
 def is_repo_id(name: str) -> bool:
@@ -121,9 +121,9 @@ def _told(error: BaseException, repo_id: str, revision: str) -> str:
             return message
     status = status_of(error)
     by_status = {
-        402: f"the Hub wants a subscription of the owner of {repo_id!r} for this",
         401: "the Hub does not know the token, or wants one; log in again with `hf auth login`, or set HF_TOKEN",
-        403: f"the token may not do this with {repo_id!r}; use one of its owner with the right to write",
+        402: f"the Hub wants a subscription of the owner of {repo_id!r} for this",
+        403: f"the token may not do this with {repo_id!r}; {constants.ENDPOINT}/settings/tokens shows its rights",
         412: f"somebody changed {repo_id!r} in the meantime, and nothing was sent; look at {page} and try again",
         413: f"the Hub says that a file for {repo_id!r} is too large",
         429: "the Hub has had too many requests from here; wait a few minutes and try again",
@@ -139,6 +139,10 @@ def _told(error: BaseException, repo_id: str, revision: str) -> str:
         return "the Hub is out of order (its answer cannot be read); try again later, see https://status.huggingface.co"
     if isinstance(error, ValueError):
         return f"the Hub and {repo_id!r}: {reason}"
+    if isinstance(error, OSError) and error.errno and not isinstance(error, ConnectionError):
+        return (
+            f"cannot keep the files of {repo_id!r} in {constants.HF_HUB_CACHE}: {error.strerror}; set HF_HOME elsewhere"
+        )
     return f"the Hub cannot be reached, or the connection broke off ({reason}); check the connection and try again"
 
 
