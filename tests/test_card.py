@@ -109,8 +109,9 @@ def test_the_metadata(run):
 
 
 def changed(run: Path, folder: Path, **settings) -> Path:
-    """A copy of the run with other settings."""
+    """A copy of the run with other settings, and without the card of the first ones."""
     shutil.copytree(run, folder)
+    (folder / "generator" / "README.md").unlink()
     values = json.loads((run / "config.json").read_text()) | settings
     (folder / "config.json").write_text(json.dumps(values))
     return folder
@@ -129,6 +130,19 @@ def test_a_data_set_on_the_hub_is_named_and_a_local_folder_keeps_its_place_to_it
         assert "secret" not in text
         assert str(tmp_path) not in text
         assert card_errors(text, "model") == []
+
+
+def test_what_was_a_folder_in_training_is_not_taken_for_a_name_when_it_has_gone(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "ada" / "letters").mkdir(parents=True)
+    folder = changed(run, tmp_path / "run", dataset="ada/letters")
+    (folder / "generator" / "README.md").write_text(model_card(folder))
+    shutil.rmtree(tmp_path / "ada")
+    assert "datasets" not in metadata(model_card(folder))
+    (folder / "generator" / "README.md").unlink()
+    assert metadata(model_card(folder))["datasets"] == ["ada/letters"]
+    (folder / "generator" / "README.md").write_text("# no metadata")
+    assert "datasets" not in metadata(model_card(folder))
 
 
 def test_a_path_among_the_settings_is_cut(run, tmp_path):
