@@ -1,7 +1,7 @@
 """How fast do samples come, and does training ever wait for them?
 
-    python benchmarks/data.py MNIST_FOLDER CIFAR_FOLDER                writes results/data.json and DATA.md
-    python benchmarks/data.py MNIST_FOLDER CIFAR_FOLDER --rounds 1     a quick look
+    python benchmarks/data.py MNIST_FOLDER CIFAR_FOLDER                  writes results/data.json and DATA.md
+    python benchmarks/data.py MNIST_FOLDER CIFAR_FOLDER --only feeds     the same, measuring one section anew
 
 Every feed in `FEEDS` gives endless shuffled float batches of a folder in Hub layout; a new one is a line there. Each
 measurement is a process of its own; the feeds take turns within a round. For Linux.
@@ -16,7 +16,6 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -39,7 +38,9 @@ from gac_plugin.training.feed import Feed
 HERE = Path(__file__).parent
 COMMAND = "python benchmarks/data.py MNIST_FOLDER CIFAR_FOLDER"
 BATCH, WARM_UP, SECONDS = 64, 5, 1.0
-PREPARED = 10_000
+THREADS = 1
+"""Of torch: two that share their cores with anything else wait for each other at every operation."""
+PREPARED = 5_000
 """Rows that are prepared for the feeds of other columns, which take long to make."""
 WORDS = {1: "one CPU core", 2: "two CPU cores", 4: "four CPU cores", 8: "eight CPU cores"}
 Batches = Iterator[Tensor]
@@ -178,19 +179,20 @@ def loop_wait(feed: str, folder: str, steps: int) -> dict[str, float]:
     """Seconds of a step of `gac train`, and of it those in which it waits for the batch; without the first steps."""
     waits, ends = [], []
 
-    def timed(_: Feed) -> Iterator[tuple[Tensor, None]]:
-        stream = FEEDS[feed].open(folder)
-        while True:
-            began = time.perf_counter()
-            batch = next(stream)
-            ends.append(time.perf_counter())
-            waits.append(ends[-1] - began)
-            yield batch, None
+    class Timed(Feed):
+        def batches(self) -> Iterator[tuple[Tensor, None]]:
+            stream = FEEDS[feed].open(folder)
+            while True:
+                began = time.perf_counter()
+                batch = next(stream)
+                ends.append(time.perf_counter())
+                waits.append(ends[-1] - began)
+                yield batch, None
 
     with tempfile.TemporaryDirectory() as output:
-        # the run's own images are decoded as needed, so that loading them takes no time; it never reads them
-        settings = {"steps": steps, "evaluation_samples": 0, "checkpoint_every": 0, "log_every": steps, "workers": 1}
-        with mock.patch.object(loop.Feed, "batches", timed):
+        # the run's own images, which it never reads, are in a file from an earlier run
+        settings = {"steps": steps, "evaluation_samples": 0, "checkpoint_every": 0, "log_every": steps, "memory": 0.0}
+        with mock.patch.object(loop, "Feed", Timed):
             train(Config(dataset=folder, output_dir=f"{output}/run", cpu=True, **settings))
     skipped = steps // 10
     step = (ends[-1] - ends[skipped]) / (len(ends) - 1 - skipped)
@@ -200,6 +202,7 @@ def loop_wait(feed: str, folder: str, steps: int) -> dict[str, float]:
 
 def _here(measure: Callable[..., dict[str, float]], cache: str, answer: Any, arguments: tuple[Any, ...]) -> None:
     set_start_method("fork", force=True)  # for the workers of loaders, as it is where nothing was said
+    torch.set_num_threads(THREADS)
     datasets.config.HF_DATASETS_CACHE = Path(cache)
     datasets.disable_progress_bars()
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
@@ -225,12 +228,14 @@ def medians(rounds: list[dict[str, float]]) -> dict[str, Any]:
     return {name: statistics.median(one[name] for one in rounds) for name in rounds[0]} | {"rounds": rounds}
 
 
-def in_turn(names: list[str], rounds: int, measure: Callable[[str], dict[str, float]]) -> dict[str, dict[str, Any]]:
-    """Every name once a round."""
+def in_turn(
+    names: list[str], rounds: int, measure: Callable[..., dict[str, float]], *arguments: Any
+) -> dict[str, dict[str, Any]]:
+    """Measure every name once a round."""
     found: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     for number in range(rounds):
         for name in names:
-            found[name].append(measure(name))
+            found[name].append(measure(name, *arguments))
             told = ", ".join(f"{what} {value:,.5g}" for what, value in found[name][-1].items())
             print(f"  round {number + 1}, {name}: {told}", flush=True)
     return {name: medians(taken) for name, taken in found.items()}
@@ -241,7 +246,7 @@ def in_turn(names: list[str], rounds: int, measure: Callable[[str], dict[str, fl
 
 def machine() -> str:
     cores = len(os.sched_getaffinity(0))
-    return f"{WORDS.get(cores, f'{cores} CPU cores')}, torch {torch.__version__} in {torch.get_num_threads()} threads"
+    return f"{WORDS.get(cores, f'{cores} CPU cores')}, torch {torch.__version__} in one thread"
 
 
 def spread(result: Mapping[str, Any], name: str, form: Callable[[float], str]) -> str:
@@ -260,9 +265,9 @@ def page(report: Mapping[str, Any]) -> str:
         "```",
         "",
         f"{report['machine']}; {report['rounds']} rounds, in each of which the feeds took turns, every measurement a "
-        "process of its own; medians, and in brackets the smallest and the largest round. The machine's load was "
-        f"{report['load']:.1f} when it began (0: nothing else ran). Batches of {BATCH}, shuffled, float32. MNIST is in "
-        "PNG files, and CIFAR-10 a copy in JPEG files.",
+        "process of its own; medians, and in brackets the smallest and the largest round. The machine's load when a "
+        f"section began was {' and '.join(f'{load:.1f}' for load in report['load'].values())} (0: nothing else ran). "
+        f"Batches of {BATCH}, shuffled, float32. MNIST is in PNG files, and CIFAR-10 a copy in JPEG files.",
         "",
     ]
     for title, results in report["feeds"].items():
@@ -283,9 +288,9 @@ def page(report: Mapping[str, Any]) -> str:
         lines.append("")
     lines += [
         "Memory is what the process grew by at its largest, after everything was imported. Pages of files are counted; "
-        "the system drops them when others want the memory. The time to the first batch is without the imports; the data "
-        "set's Arrow files, and for the mapped file the pixels, were in the cache from an earlier run. The last two "
-        f"feeds hold the first {PREPARED:,} rows, decoded for them beforehand, which is in their time.",
+        "the system drops them when others want the memory. The time to the first batch is without the imports; the "
+        "data set's Arrow files, and for the mapped file the pixels, were in the cache from an earlier run. The last "
+        f"two feeds hold the first {PREPARED:,} rows, decoded for them beforehand, which is in their time.",
         "",
         "## In the training loop",
         "",
@@ -295,13 +300,36 @@ def page(report: Mapping[str, Any]) -> str:
         "| recipe | feed | step, ms | wait, ms | wait / step |",
         "|---|---|---|---|---|",
     ]
-    for title, results in report["loop"].items():
+    for title, results in report["waits"].items():
         for name, result in results.items():
             lines.append(
                 f"| {title} | {name} | {1e3 * result['step']:.2f} | {1e3 * result['wait']:.3f} | "
                 f"{spread(result, 'share', '{:.1%}'.format)} |"
             )
     return "\n".join(lines) + "\n"
+
+
+def feeds(mnist: str, cifar: str, rounds: int, cache: Path) -> dict[str, Any]:
+    """Every feed by itself."""
+    found = {}
+    for title, folder in {"MNIST, 28x28": mnist, "CIFAR-10, 32x32x3": cifar}.items():
+        print(title, flush=True)
+        for feed in list(FEEDS)[:2]:  # an earlier run, which leaves Arrow files and pixels in the cache
+            alone(feed_rate, cache, feed, folder)
+        found[title] = in_turn(list(FEEDS), rounds, partial(alone, feed_rate, cache), folder)
+    return found
+
+
+def waits(mnist: str, cifar: str, rounds: int, cache: Path) -> dict[str, Any]:
+    """Feeds in the training loop."""
+    names, found = [name for name, feed in FEEDS.items() if feed.loop], {}
+    for title, folder, steps in (("MNIST, mlp", mnist, 200), ("CIFAR-10, dcgan", cifar, 6)):
+        print(title, flush=True)
+        found[title] = in_turn(names, rounds, partial(alone, loop_wait, cache), folder, steps)
+    return found
+
+
+SECTIONS = {section.__name__: section for section in (feeds, waits)}
 
 
 def main() -> None:
@@ -311,41 +339,23 @@ def main() -> None:
     parser.add_argument("mnist", metavar="MNIST_FOLDER", help="MNIST in Hub layout")
     parser.add_argument("cifar", metavar="CIFAR_FOLDER", help="CIFAR-10 in Hub layout")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="(default: 5)")
+    parser.add_argument("--only", choices=SECTIONS, help="keep the figures of the other section")
     arguments = parser.parse_args()
-    sets = {"MNIST, 28x28": arguments.mnist, "CIFAR-10, 32x32x3": arguments.cifar}
-    report: dict[str, Any] = {
+    file = HERE / "results" / "data.json"
+    report: dict[str, Any] = json.loads(file.read_text()) if arguments.only and file.exists() else {}
+    report |= {
         "command": COMMAND,
         "machine": machine(),
-        "load": os.getloadavg()[0],
         "rounds": arguments.rounds,
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "datasets": datasets.__version__},
-        "feeds": {},
-        "loop": {},
     }
-    with tempfile.TemporaryDirectory() as work:
-        cache = Path(work)
-        for title, folder in sets.items():
-            print(title, flush=True)
-            for feed in list(FEEDS)[:2]:  # an earlier run, which leaves Arrow files and pixels in the cache
-                alone(feed_rate, cache, feed, folder)
-            measure = partial(_rate, cache, folder)
-            report["feeds"][title] = in_turn(list(FEEDS), arguments.rounds, measure)
-        looped = [name for name, feed in FEEDS.items() if feed.loop]
-        for title, folder, steps in (("MNIST, mlp", arguments.mnist, 400), ("CIFAR-10, dcgan", arguments.cifar, 12)):
-            print(title, flush=True)
-            report["loop"][title] = in_turn(looped, arguments.rounds, partial(_wait, cache, folder, steps))
-    with suppress(FileExistsError):
-        (HERE / "results").mkdir()
-    (HERE / "results" / "data.json").write_text(json.dumps(report, indent=2) + "\n")
-    (HERE / "DATA.md").write_text(page(report))
-
-
-def _rate(cache: Path, folder: str, feed: str) -> dict[str, float]:
-    return alone(feed_rate, cache, feed, folder)
-
-
-def _wait(cache: Path, folder: str, steps: int, feed: str) -> dict[str, float]:
-    return alone(loop_wait, cache, feed, folder, steps)
+    for name in [arguments.only] if arguments.only else SECTIONS:
+        report.setdefault("load", {})[name] = os.getloadavg()[0]
+        with tempfile.TemporaryDirectory() as work:
+            report[name] = SECTIONS[name](arguments.mnist, arguments.cifar, arguments.rounds, Path(work))
+        file.write_text(json.dumps(report, indent=2) + "\n")
+    if SECTIONS.keys() <= report.keys():
+        (HERE / "DATA.md").write_text(page(report))
 
 
 if __name__ == "__main__":

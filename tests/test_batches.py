@@ -80,6 +80,13 @@ def test_the_position_tells_epoch_and_number_within_it():
     assert 3 * epoch + index == 12_345
 
 
+@pytest.mark.parametrize("batch_size", [1, 3, 5])
+def test_a_batch_lies_in_memory_as_a_tensor_of_its_own_does(batch_size):
+    """Kernels may round otherwise where it does not, and several small batches are read at once."""
+    stream = batches(COUNTING, batch_size, torch.Tensor.float, 7)
+    assert all(batch.data_ptr() % 64 == 0 and batch.is_contiguous() for batch, _ in islice(stream, 40))
+
+
 def test_batches_before_the_start_are_not_read():
     class Recording:
         """Pixels that note which rows are asked for."""
