@@ -63,9 +63,11 @@ def _parser() -> argparse.ArgumentParser:
     sample.set_defaults(run=_sample)
 
     demo = commands.add_parser("demo", help="try a generator out on a local web page", allow_abbrev=False)
-    demo.add_argument("model", metavar="RUN_OR_MODEL", help="run folder, or folder of a saved generator")
+    demo.add_argument("model", metavar="RUN_OR_MODEL", help="run folder, saved generator, or USER/NAME on the Hub")
+    demo.add_argument("--revision", metavar="REVISION", help="branch, tag or commit on the Hub (default: main)")
     demo.add_argument("--port", type=int, metavar="N", help="port on 127.0.0.1 (default: a free one from 7860 on)")
-    demo.set_defaults(run=lambda arguments: launch(arguments.model, "127.0.0.1", arguments.port))
+    demo.set_defaults(run=_demo)
+
     publish = commands.add_parser(
         "publish",
         help="put the generator of a run on the Hub",
@@ -141,6 +143,10 @@ def _publish(arguments: argparse.Namespace) -> None:
         print(f"published: {url}")
     if arguments.license is None:
         print("no licence is named; --license cc-by-4.0, for example, says what others may do with the weights")
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    launch(arguments.model, "127.0.0.1", arguments.port, arguments.revision)
 
 
 def _info(arguments: argparse.Namespace) -> None:

@@ -93,17 +93,16 @@ class Model:
     discriminator: nn.Module | None
 
     @classmethod
-    def load(cls, path: str | Path) -> "Model":
-        """The model of a run folder, or of a folder with a saved generator; see `load_generator`."""
-        folder = network_folder(path, "generator")
-        recipe = read_recipe(folder)
-        judged = _judge_folder(path) not in (None, folder)
+    def load(cls, path: str | Path, revision: str | None = None) -> "Model":
+        """The model of a run folder, of a folder with a saved generator, or on the Hub; see `load_generator`."""
+        folder = network_folder(path, "generator", revision)
+        recipe, judge = read_recipe(folder), _judge_folder(path, revision)
         return cls(
             str(path),
             recipe,
             codec_of(recipe),
-            load_generator(path).requires_grad_(False),
-            load_discriminator(path).requires_grad_(False) if judged else None,
+            load_generator(folder).requires_grad_(False),
+            None if judge in (None, folder) else load_discriminator(judge).requires_grad_(False),
         )
 
     def sample(self, seed: float, count: float, label: int, truncation: float) -> Tensor:
@@ -190,16 +189,17 @@ def figure(pictures: Sequence[Picture.Image], caption: str) -> str:
     return f"<figure>{image}<figcaption>{text}</figcaption></figure>"
 
 
-def demo(model: str | Path) -> "gradio.Blocks":
+def demo(model: str | Path, revision: str | None = None) -> "gradio.Blocks":
     """The page of a saved generator: samples, refinement if its discriminator was saved too, and latent walks.
 
     Args:
-        model: run folder, or folder of a saved generator.
+        model: run folder, folder of a saved generator, or "user/name" on the Hub.
+        revision: branch, tag or commit on the Hub.
 
     Raises:
         UsageError: gradio is not installed, or there is no such generator; see `load_generator`.
     """
-    gr, shown = _gradio(), Model.load(model)
+    gr, shown = _gradio(), Model.load(model, revision)
     with gr.Blocks(title=f"{shown.name} - GAC", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
         gr.HTML(_heading(shown), elem_classes="heading")
         with gr.Row():
@@ -218,11 +218,13 @@ def demo(model: str | Path) -> "gradio.Blocks":
     return page
 
 
-def serve(model: str | Path, host: str | None = None, port: int | None = None) -> tuple["gradio.Blocks", str]:
+def serve(
+    model: str | Path, host: str | None = None, port: int | None = None, revision: str | None = None
+) -> tuple["gradio.Blocks", str]:
     """Serve the page in threads. It is loaded from its server alone, and nothing is told to anybody else.
 
     Args:
-        model: see `demo`.
+        model, revision: see `demo`.
         host: address to listen on; by default what a Space asks for, and 127.0.0.1 elsewhere.
         port: by default the first one that is free from 7860 on.
 
@@ -234,7 +236,7 @@ def serve(model: str | Path, host: str | None = None, port: int | None = None) -
     """
     if port is not None and not 1 <= port <= 65535:
         raise UsageError(f"the port must be between 1 and 65535, got {port}")
-    page = demo(model)
+    page = demo(model, revision)
     theme = _gradio().themes.Soft(font=FONTS, font_mono=FONTS_MONO).set(**COLOURS)
     look: dict[str, Any] = {"theme": theme, "css": STYLE, "footer_links": [], "run_history": False}
     listen: dict[str, Any] = {"server_name": host, "server_port": port, "share": False, "ssr_mode": False}
@@ -245,9 +247,9 @@ def serve(model: str | Path, host: str | None = None, port: int | None = None) -
     return page, address
 
 
-def launch(model: str | Path, host: str | None = None, port: int | None = None) -> None:
+def launch(model: str | Path, host: str | None = None, port: int | None = None, revision: str | None = None) -> None:
     """Serve the page until Ctrl-C; see `serve`."""
-    page, address = serve(model, host, port)
+    page, address = serve(model, host, port, revision)
     sys.stdout.write(f"{model} is shown at {address} (Ctrl-C ends it)\n")
     sys.stdout.flush()
     page.block_thread()
@@ -367,10 +369,10 @@ def _heading(model: Model) -> str:
     )
 
 
-def _judge_folder(path: str | Path) -> Path | None:
+def _judge_folder(path: str | Path, revision: str | None) -> Path | None:
     """The folder of the discriminator that was saved with a generator; None, or the generator's own, if none was."""
     try:
-        return network_folder(path, "discriminator")
+        return network_folder(path, "discriminator", revision)
     except UsageError:
         return None
 

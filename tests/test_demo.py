@@ -216,7 +216,7 @@ def test_a_space_is_an_app_its_requirements_and_a_readme_that_the_hub_can_read()
     "name", ["", "a/b/c", "ada/x'); import os; ('", 'ada/x"', "ada/\nx", "../x", "ada/x y", "-a/b", "ada/x.git"]
 )
 def test_a_name_that_is_no_repositorys_never_gets_into_an_app(name):
-    with pytest.raises(UsageError, match=r"is not the name of a repository, such as 'user/name'$"):
+    with pytest.raises(UsageError, match=r"is not the name of a repository; give USER/NAME"):
         space_files(name)
 
 

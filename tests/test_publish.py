@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -16,11 +15,13 @@ from hub_server import card_errors
 from safetensors.torch import load_file, save_file
 
 from gac_plugin.cli import main
+from gac_plugin.demo import IN_TURN, Model
 from gac_plugin.errors import UsageError
 from gac_plugin.training import Config, load_discriminator, load_generator, push_to_hub, train
 from gac_plugin.training.config import make_config
 from gac_plugin.training.publish import described, pack
 from gac_plugin.training.remote import asking
+from gac_plugin.training.space import space_files
 
 # huggingface_hub hands the body of a large file to its HTTP client in a way that the client calls outdated
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -579,31 +580,18 @@ def test_without_a_terminal_there_are_no_progress_bars(logged_in, run):
 # ---- a Space
 
 
-@pytest.fixture
-def space(monkeypatch):
-    """A stand-in for what makes the files of a Space."""
-    module = ModuleType("gac_plugin.training.space")
-    module.SPACE_SDK = "gradio"
-    module.space_files = lambda repo_id: {
-        "app.py": f"launch({repo_id!r})".encode(),
-        "requirements.txt": b"gac-plugin\n",
-        "README.md": b"---\nsdk: gradio\ntitle: x\n---\n",
-    }
-    monkeypatch.setitem(sys.modules, "gac_plugin.training.space", module)
-
-
-def test_a_space_is_published_beside_the_model(logged_in, run, space, capsys):
+def test_a_space_is_published_beside_the_model(logged_in, run, capsys):
     assert main(["publish", str(run), "ada/digits", "--space", "--private"]) == 0
     assert capsys.readouterr().out.count("published: ") == 2
     made = logged_in.repos["space", "ada/digits"]
     assert (made.sdk, made.private) == ("gradio", True)
-    assert logged_in.files("ada/digits", "space")["app.py"] == b"launch('ada/digits')"
+    assert logged_in.files("ada/digits", "space") == space_files("ada/digits")
     assert "the Space [ada/digits]" in logged_in.files("ada/digits")["README.md"].decode()
     assert main(["publish", str(run), "ada/digits", "--space", "--private"]) == 0
     assert len(made.commits) == 2
 
 
-def test_somebodys_space_is_not_overwritten_and_nothing_is_published_by_halves(logged_in, run, space, tmp_path):
+def test_somebodys_space_is_not_overwritten_and_nothing_is_published_by_halves(logged_in, run, tmp_path):
     (tmp_path / "app").mkdir()
     (tmp_path / "app" / "app.py").write_text("something else")
     logged_in.add_folder("ada/digits", tmp_path / "app", "space")
@@ -612,13 +600,23 @@ def test_somebodys_space_is_not_overwritten_and_nothing_is_published_by_halves(l
     assert writes(logged_in) == []
 
 
-def test_a_space_that_fails_says_what_was_published(logged_in, run, space):
+def test_a_space_that_fails_says_what_was_published(logged_in, run):
     logged_in.always("POST .*spaces.*commit", 403)
     with pytest.raises(UsageError, match=r"published is http\S+/commit/\w+, and not its space: the token may not"):
         push_to_hub(run, "ada/digits", space=True)
 
 
-def test_a_dry_run_shows_the_space_too(hub, run, space):
+def test_a_dry_run_shows_the_space_too(hub, run):
     done = push_to_hub(run, "ada/digits", space=True, dry_run=True)
     assert set(described(done.parcels[1])) == {"app.py", "requirements.txt", "README.md"}
     assert hub.requests == []
+
+
+@pytest.mark.parametrize("discriminator", [True, False], ids=["with D", "without"])
+def test_the_page_of_a_demo_shows_what_was_published(logged_in, run, discriminator):
+    push_to_hub(run, "ada/digits", discriminator=discriminator)
+    here, there = Model.load(run), Model.load("ada/digits")
+    assert torch.equal(there.sample(3, 8, IN_TURN, 0.0), here.sample(3, 8, IN_TURN, 0.0))
+    assert (there.discriminator is not None) == discriminator
+    with pytest.raises(UsageError, match="no revision 'v2'"):
+        Model.load("ada/digits", "v2")

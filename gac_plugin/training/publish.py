@@ -31,6 +31,7 @@ from gac_plugin.training.card import (
 from gac_plugin.training.config import EMBEDDED, read_config
 from gac_plugin.training.hub import PICKLES, RECIPE, WEIGHTS, load_discriminator, load_generator, read_recipe
 from gac_plugin.training.remote import CLIENT_ERRORS, asking, may_pass, require_repo_id
+from gac_plugin.training.space import SPACE_SDK, space_files
 
 MODEL_FILES = (RECIPE, ".safetensors", ".h5", ".onnx", ".msgpack", ".gguf", *PICKLES)
 """Ends of the names of files that make a model what it is."""
@@ -183,8 +184,6 @@ def shared_settings(run: Path) -> dict[str, Any]:
 
 
 def _pack_space(repo_id: str) -> Parcel:
-    from gac_plugin.training.space import SPACE_SDK, space_files
-
     return Parcel(repo_id, space_files(repo_id), "space", SPACE_FILES, {"space_sdk": SPACE_SDK})
 
 

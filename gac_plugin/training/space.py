@@ -1,10 +1,9 @@
 """The files of a Space, the Hub's place for demos, that shows a generator which stands on the Hub."""
 
 import yaml
-from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from gac_plugin import __version__
-from gac_plugin.errors import UsageError
+from gac_plugin.training.remote import require_repo_id
 
 SPACE_SDK = "gradio"
 SDK_VERSION = "6.31.0"
@@ -30,10 +29,7 @@ def space_files(repo_id: str) -> dict[str, bytes]:
     Raises:
         UsageError: `repo_id` is not the name of a repository.
     """
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError as error:
-        raise UsageError(f"{repo_id!r} is not the name of a repository, such as 'user/name'") from error
+    require_repo_id(repo_id)
     name = repo_id.split("/")[-1]
     head = {
         "title": f"Samples of {name}",
