@@ -324,15 +324,23 @@ def fit_codec(cells: Iterable[Any], options: Mapping[str, Any]) -> SpeechCodec:
         cells: undecoded, of the training split.
         options: `sample_rate` and `length` take the place of what the clips say.
 
+    Clips that cannot be read are passed over; whoever encodes them counts them.
+
     Raises:
-        UsageError: there are no clips, one cannot be read, or an option is not a whole number above 0.
+        UsageError: there are no clips, none can be read, or an option is not a whole number above 0.
     """
     given = {name: _whole(name, options[name]) for name in ("sample_rate", "length") if name in options}
     if len(given) == 2:
         return SpeechCodec(**given)
-    clips = [_header(row, cell) for row, cell in enumerate(cells)]
+    mistake = UsageError("the audio column holds no clips; choose another split or data set")
+    clips = []
+    for row, cell in enumerate(cells):
+        try:
+            clips.append(_header(row, cell))
+        except UsageError as error:
+            mistake = error
     if not clips:
-        raise UsageError("the audio column holds no clips; choose another split or data set")
+        raise mistake
     lengths = sorted(frames for frames, _ in clips)
     enough = lengths[math.ceil(0.75 * len(lengths)) - 1]
     return SpeechCodec(**{"sample_rate": clips[0][1], "length": STEP * max(1, math.ceil(enough / STEP)), **given})

@@ -276,23 +276,28 @@ def fit(cells: Iterable[Any], options: Mapping[str, Any]) -> TextCodec:
         cells: str, or UTF-8 bytes.
         options: `length`, where texts are to be cut off; the longest text by default.
 
+    Cells that cannot be read are passed over; whoever encodes them counts them.
+
     Raises:
-        UsageError: see `read_text`; there is no text, one is longer than `LONGEST` letters and no length is given, the
-            length is not a whole number above 0, there are more than 255 letters, or an option is unknown.
+        UsageError: see `read_text`, if no cell can be read; there is no text, one is longer than `LONGEST` letters and
+            no length is given, the length is not a whole number above 0, there are more than 255 letters, or an option
+            is unknown.
     """
     for name in options:
         resolve(name, {"length": None}, "option of the adapter 'text'")
     letters: set[str] = set()
     longest = 0
+    mistake = UsageError("the training split holds no text; choose another --split")
     for row, cell in enumerate(cells):
         try:
             text = read_text(cell)
         except UsageError as error:
-            raise UsageError(f"row {row} of the training split: {error}") from error
+            mistake = UsageError(f"row {row} of the training split: {error}")
+            continue
         letters |= set(text)
         longest = max(longest, len(text))
     if not longest:
-        raise UsageError("the training split holds no text; choose another --split")
+        raise mistake
     length = options.get("length")
     if length is None and longest > LONGEST:
         raise UsageError(

@@ -290,7 +290,8 @@ def page(report: Mapping[str, Any]) -> str:
         "Memory is what the process grew by at its largest, after everything was imported. Pages of files are counted; "
         "the system drops them when others want the memory. The time to the first batch is without the imports; the "
         "data set's Arrow files, and for the mapped file the pixels, were in the cache from an earlier run. The last "
-        f"two feeds hold the first {PREPARED:,} rows, decoded for them beforehand, which is in their time.",
+        f"two feeds hold the first {PREPARED:,} rows, decoded for them beforehand, which is in their time. A worker's "
+        "figure is its whole size, most of which it shares with the process that it came from.",
         "",
         "## In the training loop",
         "",
@@ -342,17 +343,20 @@ def main() -> None:
     parser.add_argument("--only", choices=SECTIONS, help="keep the figures of the other section")
     arguments = parser.parse_args()
     file = HERE / "results" / "data.json"
-    report: dict[str, Any] = json.loads(file.read_text()) if arguments.only and file.exists() else {}
-    report |= {
-        "command": COMMAND,
-        "machine": machine(),
-        "rounds": arguments.rounds,
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "datasets": datasets.__version__},
-    }
+    report: dict[str, Any] = {}
     for name in [arguments.only] if arguments.only else SECTIONS:
-        report.setdefault("load", {})[name] = os.getloadavg()[0]
+        load = os.getloadavg()[0]
         with tempfile.TemporaryDirectory() as work:
-            report[name] = SECTIONS[name](arguments.mnist, arguments.cifar, arguments.rounds, Path(work))
+            found = SECTIONS[name](arguments.mnist, arguments.cifar, arguments.rounds, Path(work))
+        report = json.loads(file.read_text()) if file.exists() else {}
+        report |= {
+            "command": COMMAND,
+            "machine": machine(),
+            "rounds": arguments.rounds,
+            "versions": {"python": platform.python_version(), **{m.__name__: m.__version__ for m in (torch, datasets)}},
+            "load": report.get("load", {}) | {name: load},
+            name: found,
+        }
         file.write_text(json.dumps(report, indent=2) + "\n")
     if SECTIONS.keys() <= report.keys():
         (HERE / "DATA.md").write_text(page(report))

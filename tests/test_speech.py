@@ -152,12 +152,17 @@ def test_options_take_the_place_of_what_the_clips_say():
     assert fit_codec([], {"sample_rate": 16000, "length": 512}) == SpeechCodec(16000, 512)
 
 
+def test_clips_that_cannot_be_read_say_nothing_of_the_others():
+    whole = [cell(tone(300)), cell(tone(2049))]
+    assert fit_codec([None, whole[0], {"bytes": b"seven"}, whole[1]], {}) == fit_codec(whole, {})
+
+
 @pytest.mark.parametrize(
     ("cells", "options", "message"),
     [
         ([], {}, "holds no clips; choose another"),
-        ([cell(tone(300)), {"bytes": b"seven"}], {}, "row 1: not a sound file"),
-        ([cell(tone(300)), None], {}, "row 1: there is no audio"),
+        ([None, {"bytes": b"seven"}], {}, "row 1: not a sound file"),
+        ([None], {}, "row 0: there is no audio"),
         ([], {"length": 0}, "length must be a whole number above 0, got 0"),
         ([], {"length": True}, "length must be a whole number above 0, got True"),
         ([], {"sample_rate": 8000.5}, "sample_rate must be a whole number above 0, got 8000.5"),

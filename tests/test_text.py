@@ -245,6 +245,10 @@ def test_cells_that_are_no_text_are_refused_in_one_line(codec, cell, message):
         assert "\n" not in str(error.value)
 
 
+def test_cells_that_cannot_be_read_say_nothing_of_the_others():
+    assert fit([None, *NAMES, b"eve\xff"], {}) == fit(NAMES, {})
+
+
 def test_a_letter_that_training_did_not_have_is_refused(codec):
     with pytest.raises(UsageError, match=r"the text 'bøb' has the letter 'ø', which does not occur in the training"):
         codec.encode("bøb")
@@ -259,7 +263,7 @@ def test_a_letter_that_training_did_not_have_is_refused(codec):
         (NAMES, {"length": "four"}, r"length must be a whole number above 0, got 'four'"),
         (NAMES, {"length": True}, r"length must be a whole number above 0, got True"),
         (NAMES, {"lenght": 3}, r"unknown option of the adapter 'text' 'lenght' \(did you mean 'length'\?\)"),
-        ([*NAMES, None], {}, r"^row 3 of the training split: the cell holds None"),
+        ([None, None], {}, r"^row 1 of the training split: the cell holds None"),
         (["".join(map(chr, range(0x4E00, 0x4E80))), "".join(map(chr, range(0x4E80, 0x4F00)))], {}, r"256 different"),
     ],
 )
