@@ -1,7 +1,7 @@
 """What a run is trained on, batch by batch, and where it stands in that: in memory, stored or streamed."""
 
 import json
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -88,23 +88,18 @@ class Feed:
         return self.known().labels if isinstance(train, Stream) else train.labels
 
     @property
+    def _share(self) -> tuple[int, Callable[[Tensor], Tensor], int, int, int, torch.device]:
+        """What both kinds of batches are told."""
+        config = self.config
+        return config.batch_size, self.data.codec.to_samples, config.seed, self.rank, self.processes, self.device
+
+    @property
     def _taken(self) -> int:
         return self.config.batch_size * self.processes
 
     def _stored(self, source: Source) -> Generator[Batch]:
         config, labels = self.config, None if source.labels is None else source.labels.to(self.device)
-        found = batches(
-            source,
-            config.batch_size,
-            self.data.codec.to_samples,
-            config.seed,
-            self.rank,
-            self.processes,
-            self.device,
-            config.workers,
-            self._given,
-        )
-        return self._counted(found, labels)
+        return self._counted(batches(source, *self._share, config.workers, self._given), labels)
 
     def _counted(self, found: Iterator[tuple[Tensor, Tensor]], labels: Tensor | None) -> Generator[Batch]:
         for samples, rows in found:
@@ -112,15 +107,6 @@ class Feed:
             yield samples, None if labels is None else labels[rows]
 
     def _streamed(self, stream: Stream) -> Generator[Batch]:
-        config = self.config
-        for samples, labels, place in stream.batches(
-            config.batch_size,
-            self.data.codec.to_samples,
-            config.seed,
-            self.rank,
-            self.processes,
-            self.device,
-            self._place,
-        ):
+        for samples, labels, place in stream.batches(*self._share, self._place):
             self._place = place
             yield samples, labels
