@@ -161,8 +161,8 @@ class Stream:
         number = 0
         try:
             for table in rows.iter(size):
-                cells = table[self.column].to_pylist()
-                labels = table[self.label].to_pylist() if self.label else [None] * len(cells)
+                cells = _listed(table[self.column])
+                labels = _listed(table[self.label]) if self.label else [None] * len(cells)
                 kept = []
                 for cell, label in zip(cells, labels, strict=True):
                     if closed.is_set():
@@ -181,3 +181,8 @@ class Stream:
             raise UsageError(
                 f"cannot read on in split {self.split!r}: {first_line(error)}; go on with --resume auto"
             ) from error
+
+
+def _listed(column: Any) -> list[Any]:
+    # older versions of `datasets` give lists in place of Arrow's arrays where they take every n-th row
+    return column if isinstance(column, list) else column.to_pylist()
