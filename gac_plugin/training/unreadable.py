@@ -20,7 +20,7 @@ class Unreadable:
 
     Attributes:
         split: its name.
-        rows: how many it has.
+        rows: how many it has, 0 where that is not known.
         limit: how many of them may be unreadable.
         reasons: row number -> why it cannot be read, in the order in which they were met.
     """
@@ -56,7 +56,8 @@ class Unreadable:
     def tell(self, what: str) -> None:
         """Say how many of how many rows there are, what became of them, and the first reason; if there are any."""
         if self.reasons:
-            text = f"{len(self.reasons)} of {self._rows(self.rows)} of split {self.split!r} cannot be read and {what}"
+            met = f"{len(self.reasons)} of {self._rows(self.rows)}" if self.rows else self._rows(len(self.reasons))
+            text = f"{met} of split {self.split!r} cannot be read and {what}"
             tqdm.write(f"gac: {text}; the first: {self._first(1)}", file=sys.stderr)
 
     def _first(self, count: int) -> str:
