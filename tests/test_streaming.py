@@ -2,6 +2,7 @@
 
 import json
 import threading
+import weakref
 from collections import Counter
 from dataclasses import replace
 from itertools import islice, pairwise
@@ -170,6 +171,20 @@ def test_nothing_goes_on_reading_once_the_batches_are_closed(stream_of):
     assert [thread for thread in threading.enumerate() if thread.name.startswith("gac-stream")]
     batches.close()
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("gac-stream")]
+
+
+def test_samples_are_not_held_twice(stream_of):
+    decoded, most = [], 0
+
+    def decode(cell: str) -> Tensor:
+        nonlocal most
+        value = number(cell)
+        decoded.append(weakref.ref(value))
+        most = max(most, sum(reference() is not None for reference in decoded))
+        return value
+
+    assert len(draw(replace(stream_of((23,)), decode=decode), 12)) == 12
+    assert most <= 2, "a sample is gone as soon as its block holds it"
 
 
 def test_a_network_that_fails_is_told_in_one_line(stream_of, monkeypatch):

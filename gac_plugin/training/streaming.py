@@ -24,16 +24,18 @@ from gac_plugin.training.unreadable import Unreadable, UnreadableError
 
 @dataclass(frozen=True)
 class Block:
-    """Samples in the order in which they are used.
+    """Samples that are shuffled together.
 
     Attributes:
-        values: as the codec stores them, shape (n, ...).
+        values: as the codec stores them, in the order in which they were read, shape (n, ...).
         labels: int64, shape (n,), if there are any.
+        order: in which they are used, int64, shape (n,).
         place: where reading stood before the block, JSON values.
     """
 
     values: Tensor
     labels: Tensor | None
+    order: Tensor
     place: dict[str, Any]
 
 
@@ -103,7 +105,7 @@ class Stream:
         for block in self._ahead(seed, rank, processes, start):
             tensors = (block.values,) if block.labels is None else (block.values, block.labels)
             while used < len(block.values):
-                part = slice(used, used + missing)
+                part = block.order[used : used + missing]
                 taken.append(tuple(tensor[part] for tensor in tensors))
                 used, missing = used + len(taken[-1][0]), missing - len(taken[-1][0])
                 if not missing:
@@ -141,8 +143,7 @@ class Stream:
             unreadable = self.unreadable.anew()
             for values, labels in self._blocks(rows, self.block, unreadable, closed):
                 draw = torch.Generator().manual_seed(zlib.crc32(f"block {seed} {rank} {epoch} {number}".encode()))
-                order = torch.randperm(len(values), generator=draw)
-                yield Block(values[order], None if labels is None else labels[order], place)
+                yield Block(values, labels, torch.randperm(len(values), generator=draw), place)
                 number += 1
                 place = {"epoch": epoch, "block": number, "state": rows.state_dict()}
             if unreadable.reasons:
@@ -158,29 +159,43 @@ class Stream:
         self, rows: IterableDataset, size: int, unreadable: Unreadable, closed: Event
     ) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Decoded rows by the block, in their order; the rows are in the format "arrow"."""
-        number = 0
+        read = 0
         try:
             for table in rows.iter(size):
-                cells = _listed(table[self.column])
-                labels = _listed(table[self.label]) if self.label else [None] * len(cells)
-                kept = []
-                for cell, label in zip(cells, labels, strict=True):
-                    if closed.is_set():
-                        return
-                    try:
-                        kept.append((self.decode(cell), -1 if label is None else label))
-                    except UnreadableError as error:
-                        unreadable.add({number: str(error)})
-                    number += 1
-                if kept:
-                    values, numbers = zip(*kept, strict=True)
-                    yield torch.stack(values), torch.tensor(numbers) if self.label else None
+                found = self._decoded(table, read, unreadable, closed)
+                read += len(table[self.column])
+                del table
+                if closed.is_set():
+                    return
+                if found is not None:
+                    yield found
         except UsageError:
             raise
         except FAILURES as error:
             raise UsageError(
                 f"cannot read on in split {self.split!r}: {first_line(error)}; go on with --resume auto"
             ) from error
+
+    def _decoded(
+        self, table: Any, first: int, unreadable: Unreadable, closed: Event
+    ) -> tuple[Tensor, Tensor | None] | None:
+        """The rows of a table that can be read, the first of them with the number `first`; None if there are none."""
+        cells = _listed(table[self.column])
+        labels = _listed(table[self.label]) if self.label else [None] * len(cells)
+        values, numbers = torch.empty(0), list[int]()
+        for row, (cell, label) in enumerate(zip(cells, labels, strict=True), first):
+            if closed.is_set():
+                break
+            try:
+                value = self.decode(cell)
+            except UnreadableError as error:
+                unreadable.add({row: str(error)})
+                continue
+            if not numbers:
+                values = torch.empty((len(cells), *value.shape), dtype=value.dtype)
+            values[len(numbers)] = value
+            numbers.append(-1 if label is None else label)
+        return (values[: len(numbers)], torch.tensor(numbers) if self.label else None) if numbers else None
 
 
 def _listed(column: Any) -> list[Any]:
