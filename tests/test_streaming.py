@@ -187,6 +187,27 @@ def test_samples_are_not_held_twice(stream_of):
     assert most <= 2, "a sample is gone as soon as its block holds it"
 
 
+def test_closing_reads_nothing_more_and_tells_what_was_left_out(stream_of, monkeypatch, capsys):
+    passes, iterate = [], datasets.IterableDataset.iter
+    monkeypatch.setattr(datasets.IterableDataset, "iter", lambda rows, n: passes.append(n) or iterate(rows, n))
+    ahead = threading.Event()
+
+    def decode(cell: str) -> Tensor:
+        if cell == "5":  # of the second block, which is read while the first one is used
+            ahead.set()
+            closing.wait(10)
+        return number(cell)
+
+    closing = threading.Event()
+    batches = replace(stream_of((23,), limit=1, spoiled=(3,)), decode=decode).batches(2, Tensor.float, 3)
+    next(batches)
+    assert ahead.wait(10)
+    threading.Timer(0.2, closing.set).start()
+    batches.close()
+    assert passes == [5], "no second pass begins"
+    assert "gac: 1 row of split 'train' cannot be read and are left out of this pass" in capsys.readouterr().err
+
+
 def test_a_network_that_fails_is_told_in_one_line(stream_of, monkeypatch):
     stream = stream_of((23,))
 

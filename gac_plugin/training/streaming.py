@@ -5,7 +5,7 @@ begins and how much of that is used up, and it goes on from there to the last bi
 """
 
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from threading import Event
@@ -128,10 +128,11 @@ class Stream:
                     yield block
             finally:
                 closed.set()
+                reader.submit(blocks.close)
 
     def _shuffled(
         self, seed: int, rank: int, processes: int, start: Mapping[str, Any], closed: Event
-    ) -> Iterator[Block]:
+    ) -> Generator[Block]:
         """This process's blocks, epoch after epoch."""
         epoch, number, state = start.get("epoch", 0), start.get("block", 0), start.get("state")
         while True:
@@ -141,13 +142,18 @@ class Stream:
                 rows.load_state_dict(state)
             place = {"epoch": epoch, "block": number, "state": state or rows.state_dict()}
             unreadable = self.unreadable.anew()
-            for values, labels in self._blocks(rows, self.block, unreadable, closed):
-                draw = torch.Generator().manual_seed(zlib.crc32(f"block {seed} {rank} {epoch} {number}".encode()))
-                yield Block(values, labels, torch.randperm(len(values), generator=draw), place)
-                number += 1
-                place = {"epoch": epoch, "block": number, "state": rows.state_dict()}
-            if unreadable.reasons:
+            try:
+                for values, labels in self._blocks(rows, self.block, unreadable, closed):
+                    draw = torch.Generator().manual_seed(zlib.crc32(f"block {seed} {rank} {epoch} {number}".encode()))
+                    yield Block(values, labels, torch.randperm(len(values), generator=draw), place)
+                    number += 1
+                    place = {"epoch": epoch, "block": number, "state": rows.state_dict()}
+            except GeneratorExit:
                 unreadable.tell("are left out of this pass")
+                raise
+            unreadable.tell("are left out of this pass")
+            if closed.is_set():
+                return
             if number == 0:
                 raise UsageError(
                     f"split {self.split!r} holds no row for process {rank} of {processes} that can be decoded; "
