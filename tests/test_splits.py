@@ -196,6 +196,23 @@ def test_what_fails_for_a_moment_is_tried_again(hub, tmp_path, faults, streaming
     assert by_content(data) == by_content(load_data(Config(dataset=str(tmp_path))))
 
 
+@pytest.mark.parametrize("format", ["imagefolder", "audiofolder"])
+def test_a_file_that_the_hub_does_not_give_is_not_taken_for_a_damaged_one(hub, tmp_path, format):
+    if format == "audiofolder":
+        pytest.importorskip("soundfile", reason="needs the extra speech")
+    FORMATS[format](tmp_path)
+    hub.add_folder("ada/things", tmp_path)
+    config = Config(dataset="ada/things", streaming=True, shuffle_buffer=2, batch_size=2)
+    hub.fail(r"GET .*/05\.", "half", "half")
+    data = load_data(config)
+    assert len(by_content(data)) == COUNT, "what fails for a moment is tried again"
+    hub.always(r"GET .*/05\.", 404)
+    with pytest.raises(UsageError, match=r"^cannot read on in split 'train': 404 [^\n]*; go on with --resume auto$"):
+        list(islice(Feed(config, data, 0, 1, torch.device("cpu")).batches(), 6))
+    with pytest.raises(UsageError, match=r"^cannot load data set 'ada/things': 404 [^\n]*$"):
+        load_data(config)
+
+
 def test_a_stream_that_breaks_for_good_is_told_in_one_line(hub, tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "STREAMING_READ_MAX_RETRIES", 2)
     csv(tmp_path)

@@ -18,7 +18,16 @@ from gac_plugin.training.decoding import fitted
 from gac_plugin.training.images import ImageCodec, Stored, stored_images
 from gac_plugin.training.networks import Recipe, find_adapter
 from gac_plugin.training.source import KNOWN, Decoded, Source, first_line, in_memory
-from gac_plugin.training.splits import ROWS_THAT_TELL, Rows, fetched, first_rows, open_split, open_splits
+from gac_plugin.training.splits import (
+    FAILURES,
+    ROWS_THAT_TELL,
+    Rows,
+    cannot_load,
+    fetched,
+    first_rows,
+    open_split,
+    open_splits,
+)
 from gac_plugin.training.streaming import Stream
 from gac_plugin.training.unreadable import Unreadable, UnreadableError
 
@@ -233,7 +242,8 @@ def _image_reader(split: _Split, config: Config) -> tuple[Codec, Callable[[Any],
     shape = (3 if any(image.ndim == 3 for image in found) else 1, *found[0].shape[:2])
 
     def decode(cell: Any) -> Tensor:
-        image = decode_image(cell, feature, config.image_size)
+        # fetched first: a connection that breaks off is not a damaged image
+        image = decode_image(fetched(cell), feature, config.image_size)
         return torch.tensor(fitted(image, shape, f"an image of split {split.name!r}"))
 
     return ImageCodec(shape, config.output), decode
@@ -253,4 +263,8 @@ def _encoder(split: _Split, config: Config, medium: Medium) -> tuple[Codec, Call
 
 def _first_cells(split: _Split, count: int, config: Config) -> list[Any]:
     """The first undecoded cells of a stream."""
-    return [fetched(row[split.column]) for row in first_rows(split.undecoded(), count, config)]
+    rows = first_rows(split.undecoded(), count, config)
+    try:
+        return [fetched(row[split.column]) for row in rows]
+    except FAILURES as error:
+        raise cannot_load(config, error) from error

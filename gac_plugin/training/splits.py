@@ -1,10 +1,11 @@
 """Opening a data set: the embedded one, a folder of any format that `datasets` reads, or one on the Hub."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib.resources import files
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import fsspec
 import pyarrow as pa
@@ -28,6 +29,7 @@ from gac_plugin.training.remote import CLIENT_ERRORS, may_pass
 from gac_plugin.training.source import first_line
 
 Rows: TypeAlias = Dataset | IterableDataset
+Result = TypeVar("Result")
 FAILURES = (*CLIENT_ERRORS, DatasetsError)
 """What `datasets` raises when a data set is not there or cannot be read, or the network fails."""
 TRIES, PAUSE = 3, 1.0
@@ -85,7 +87,7 @@ def first_rows(rows: IterableDataset, count: int, config: Config) -> list[dict[s
     try:
         return list(rows.take(count))
     except FAILURES as error:
-        raise _cannot_load(config, error) from error
+        raise cannot_load(config, error) from error
 
 
 def dataset_path(dataset: str) -> str:
@@ -110,14 +112,23 @@ def _load(config: Config) -> Mapping[str, Rows]:
     source = dataset_path(config.dataset)
     if config.revision is not None and Path(source).is_dir():
         raise UsageError(f"--revision {config.revision} is for data sets on the Hub; {config.dataset!r} is a folder")
-    for pause in [PAUSE * 2**n for n in range(TRIES - 1)] + [None]:
+    load = partial(_streams if config.streaming else _tables, source, config)
+    try:
+        return load() if Path(source).is_dir() else _persistently(load)
+    except FAILURES as error:
+        raise cannot_load(config, error) from error
+
+
+def _persistently(call: Callable[[], Result]) -> Result:
+    """Try again, a few times, what failed for a reason that may pass."""
+    for pause in [PAUSE * 2**n for n in range(TRIES - 1)]:
         try:
-            return _streams(source, config) if config.streaming else _tables(source, config)
+            return call()
         except FAILURES as error:
-            if pause is None or Path(source).is_dir() or not may_pass(error):
-                raise _cannot_load(config, error) from error
-            time.sleep(pause)
-    raise AssertionError("the last try either returns or raises")
+            if not may_pass(error):
+                raise
+        time.sleep(pause)
+    return call()
 
 
 def _streams(source: str, config: Config) -> Mapping[str, IterableDataset]:
@@ -173,14 +184,23 @@ def _sounds(builder: DatasetBuilder, files: Sequence[str], places: Sequence[str]
 
 
 def fetched(cell: Any) -> Any:
-    """An undecoded cell with the bytes of its file, where that is not on this machine."""
+    """An undecoded cell with the bytes of its file, where that is not on this machine.
+
+    Raises:
+        One of `FAILURES`: the file cannot be had.
+    """
     if isinstance(cell, Mapping) and cell.get("bytes") is None and "://" in (cell.get("path") or ""):
-        with fsspec.open(cell["path"], "rb") as file:
-            return {**cell, "bytes": file.read()}
+        return {**cell, "bytes": _persistently(partial(_content, cell["path"]))}
     return cell
 
 
-def _cannot_load(config: Config, error: Exception) -> UsageError:
+def _content(address: str) -> bytes:
+    with fsspec.open(address, "rb") as file:
+        return file.read()
+
+
+def cannot_load(config: Config, error: Exception) -> UsageError:
+    """What to tell of a data set that `datasets` or the Hub does not give."""
     reason = first_line(error.__cause__ if isinstance(error.__cause__, UnicodeDecodeError) else error)
     mend = "check the name or folder, and that it holds rows"
     if "config" in reason.lower():
