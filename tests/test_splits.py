@@ -128,6 +128,19 @@ def test_every_kind_of_folder_by_path_by_name_and_streamed(hub, tmp_path, format
             assert data.classes == (0 if streaming and format in LABELLED else 2)
 
 
+@pytest.mark.parametrize("streaming", [False, True], ids=["loaded", "streamed"])
+def test_the_folders_of_splits_are_no_classes_of_sounds(tmp_path, streaming):
+    soundfile = pytest.importorskip("soundfile", reason="needs the extra speech")
+    for n in range(COUNT):
+        (tmp_path / ("train" if n % 2 else "test")).mkdir(exist_ok=True)
+        noise = np.random.default_rng(n).uniform(-0.5, 0.5, 2000)
+        soundfile.write(tmp_path / ("train" if n % 2 else "test") / f"{n:02d}.wav", noise, 8000)
+    data = load_data(Config(dataset=str(tmp_path), streaming=streaming))
+    assert data.classes == 0
+    assert data.test.labels is None
+    assert len(by_content(data)) == len(data.test) == COUNT // 2
+
+
 def test_pixels_come_through_every_format_unchanged(tmp_path):
     expected = {np.asarray(picture).tobytes() for picture in pictures()}
     for format in ("parquet", "imagefolder", "webdataset"):

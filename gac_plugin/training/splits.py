@@ -163,7 +163,7 @@ def _sound_files(builder: DatasetBuilder) -> dict[str, list[str]]:
 
 
 def _sounds(builder: DatasetBuilder, files: Sequence[str], places: Sequence[str] | None = None) -> Dataset:
-    """Sound files as rows, whose classes are the names of their folders if there are several.
+    """Sound files as rows, whose classes are the names of their folders if there are several in a split.
 
     `datasets` makes tables of sounds with torchcodec alone, which needs FFmpeg.
 
@@ -172,15 +172,15 @@ def _sounds(builder: DatasetBuilder, files: Sequence[str], places: Sequence[str]
         files: of one split.
         places: where they can be read; by default where they are.
     """
-    every = [file for found in _sound_files(builder).values() for file in found]
-    folders = sorted({PurePosixPath(file).parent.name for file in every})
+    found = [{PurePosixPath(file).parent.name for file in files} for files in _sound_files(builder).values()]
+    folders = sorted(set[str]().union(*found))
     features = Features({"audio": Audio(decode=False), "label": ClassLabel(names=folders)})
     columns = {
         "audio": [{"bytes": None, "path": place} for place in places or files],
         "label": [folders.index(PurePosixPath(file).parent.name) for file in files],
     }
     rows = Dataset(pa.table(columns, schema=features.arrow_schema), DatasetInfo(features=features))
-    return rows if len(folders) > 1 else rows.remove_columns("label")
+    return rows if max(map(len, found)) > 1 else rows.remove_columns("label")
 
 
 def fetched(cell: Any) -> Any:
