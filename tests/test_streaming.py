@@ -11,6 +11,7 @@ import datasets
 import pyarrow as pa
 import pytest
 import torch
+from PIL import Image as Picture
 from torch import Tensor
 
 from gac_plugin.errors import UsageError
@@ -140,6 +141,23 @@ def test_rows_that_cannot_be_read_are_left_out_and_said(stream_of, capsys):
     assert sorted(drawn[:10]) == [0, 1, 2, 4, 5, 6, 7, 9, 10, 11]
     said = "gac: 2 rows of split 'train' cannot be read and are left out of this pass; the first: row 3 ('spoiled' is "
     assert said in capsys.readouterr().err
+
+
+def test_a_conditional_run_leaves_out_rows_without_a_class(tmp_path):
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(num_classes=CLASSES)})
+    labels = [None if n == 4 else -1 if n == 9 else n % CLASSES for n in range(24)]
+    pictures = [Picture.new("L", (4, 4), 10 * n) for n in range(24)]
+    datasets.Dataset.from_dict({"image": pictures, "label": labels}, features=features).to_parquet(
+        tmp_path / "data" / "train-00000-of-00001.parquet"
+    )
+    config = Config(dataset=str(tmp_path), streaming=True, conditional=True, batch_size=22)
+    data = load_data(config)
+    samples, drawn = next(iter(Feed(config, data, 0, 1, torch.device("cpu")).batches()))
+    pixels = data.codec.to_stored(samples)[:, 0, 0, 0].tolist()
+    assert dict(zip(pixels, drawn.tolist(), strict=True)) == {10 * n: n % CLASSES for n in range(24) if n not in (4, 9)}
+    assert len(data.train.sample(24)) == 22
+    with pytest.raises(UsageError, match=r"2 rows of .* cannot be read, and 1 may be so: row 4 \(None is none of the 3"):
+        load_data(replace(config, max_unreadable=1))
 
 
 def test_a_limit_is_one_of_a_pass_and_ends_the_stream(stream_of):

@@ -1,7 +1,7 @@
 """The samples of a data set as a run takes them: in memory, decoded as they are needed, or streamed."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -210,7 +210,7 @@ def _cells(split: _Split) -> Iterator[Any]:
 
 def _streamed(train: _Split, test: _Split | None, config: Config, adapter: str | None, medium: Medium | None) -> Data:
     codec, decode = _image_reader(train, config) if medium is None else _encoder(train, config, medium)
-    real = _stream(train, decode, config)
+    real = replace(_stream(train, decode, config), labelled=config.conditional)
     held_out = (real if test is None else _stream(test, decode, config)).sample(KNOWN)
     return Data(real, held_out, codec, adapter)
 

@@ -51,6 +51,7 @@ class Stream:
         classes: the number of classes, 0 without labels.
         block: rows in a block, at least 1; two blocks are in memory.
         unreadable: says how many rows of a pass may be so that they cannot be read.
+        labelled: whether a row without one of the classes is among those.
     """
 
     rows: IterableDataset
@@ -60,6 +61,7 @@ class Stream:
     classes: int
     block: int
     unreadable: Unreadable
+    labelled: bool = False
 
     @property
     def split(self) -> str:
@@ -193,6 +195,7 @@ class Stream:
             if closed.is_set():
                 break
             try:
+                number = self._class_number(label)
                 value = self.decode(cell)
             except UnreadableError as error:
                 unreadable.add({row: str(error)})
@@ -200,8 +203,14 @@ class Stream:
             if not numbers:
                 values = torch.empty((len(cells), *value.shape), dtype=value.dtype)
             values[len(numbers)] = value
-            numbers.append(-1 if label is None else label)
+            numbers.append(number)
         return (values[: len(numbers)], torch.tensor(numbers) if self.label else None) if numbers else None
+
+    def _class_number(self, label: int | None) -> int:
+        """What stands in a cell of labels -> the number of the class, below 0 for none."""
+        if self.labelled and (label is None or not 0 <= label < self.classes):
+            raise UnreadableError(f"{label} is none of the {self.classes} classes")
+        return -1 if label is None else label
 
 
 def _listed(column: Any) -> list[Any]:
