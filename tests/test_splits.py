@@ -3,6 +3,7 @@
 The Hub is the stand-in of hub_server.py, and the clients that ask it are the real ones.
 """
 
+import errno
 import io
 import json
 import os
@@ -235,6 +236,36 @@ def test_a_stream_that_breaks_for_good_is_told_in_one_line(hub, tmp_path, monkey
     hub.always("GET .*train.csv", "drop")
     with pytest.raises(UsageError, match=r"^cannot read on in split 'train': [^\n]*; go on with --resume auto$"):
         list(islice(feed.batches(), 3))
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"train.csv": "name,age\na,1\nb,2,3,4\n"}, r"Expected 2 fields in line 3, saw 4; repair its files$"),
+        ({"train.jsonl": '{"name": "a"}\n{"name": \n'}, r"JSON parse error: .*; repair its files$"),
+        ({"a.csv": "name,age\na,1\n", "b.csv": "name,city\na,x\n"}, r"city: .*string.*; repair its files$"),
+        ({"train.parquet": "PAR1"}, r"Parquet .*; check the name or folder, and that it holds rows$"),
+    ],
+    ids=["csv", "json", "columns", "parquet"],
+)
+def test_files_that_cannot_be_read_say_why(tmp_path, files, message):
+    folder = tmp_path / "config"  # no word of such a name is taken for datasets' own
+    folder.mkdir()
+    for name, content in files.items():
+        (folder / name).write_text(content)
+    with pytest.raises(UsageError, match=message) as caught:
+        load_data(Config(dataset=str(folder)))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_full_disk_is_told_as_that(tmp_path, monkeypatch):
+    def full(self, *arguments, **more):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    csv(tmp_path)
+    monkeypatch.setattr(datasets.arrow_writer.ArrowWriter, "write_table", full)
+    with pytest.raises(UsageError, match=r"No space left on device; set HF_HOME to a folder that has the space and"):
+        load_data(Config(dataset=str(tmp_path)))
 
 
 def test_a_part_of_a_data_set_that_is_not_there_is_told(tmp_path):

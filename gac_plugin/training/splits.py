@@ -1,10 +1,12 @@
 """Opening a data set: the embedded one, a folder of any format that `datasets` reads, or one on the Hub."""
 
+import errno
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib.resources import files
 from pathlib import Path, PurePosixPath
+from textwrap import shorten
 from typing import Any, TypeAlias, TypeVar
 
 import fsspec
@@ -21,7 +23,7 @@ from datasets import (
     ReadInstruction,
     load_dataset_builder,
 )
-from datasets.exceptions import DatasetsError
+from datasets.exceptions import DatasetGenerationError, DatasetsError
 
 from gac_plugin.errors import UsageError
 from gac_plugin.training.config import EMBEDDED, Config
@@ -37,6 +39,8 @@ TRIES, PAUSE = 3, 1.0
 each time. A file that is there already is not fetched again."""
 ROWS_THAT_TELL = 100
 """Rows of a stream from which the types of its columns are read where the files do not tell them."""
+NO_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
+LONGEST_REASON = 300
 
 
 def open_splits(config: Config) -> Mapping[str, Rows]:
@@ -201,12 +205,18 @@ def _content(address: str) -> bytes:
 
 def cannot_load(config: Config, error: Exception) -> UsageError:
     """What to tell of a data set that `datasets` or the Hub does not give."""
-    reason = first_line(error.__cause__ if isinstance(error.__cause__, UnicodeDecodeError) else error)
-    mend = "check the name or folder, and that it holds rows"
-    if "config" in reason.lower():
+    cause = error.__cause__ if isinstance(error, DatasetGenerationError) and error.__cause__ else error
+    reason = first_line(error) if cause is error else shorten(str(cause), LONGEST_REASON, placeholder=" ...")
+    if isinstance(cause, OSError) and cause.errno in NO_PLACE:
+        mend = "set HF_HOME to a folder that has the space and that you can write to"
+    elif cause is not error:
+        mend = "repair its files"
+    elif "Config name is missing" in reason or "BuilderConfig" in reason:
         mend = "choose a configuration with --subset"
     elif "doesn't exist on the Hub or cannot be accessed" in reason or "gated" in reason:
         mend = "check the name; for a private or gated one, log in with hf auth login or set HF_TOKEN"
+    else:
+        mend = "check the name or folder, and that it holds rows"
     return UsageError(f"cannot load data set {config.dataset!r}: {reason}; {mend}")
 
 
