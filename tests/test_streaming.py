@@ -156,7 +156,9 @@ def test_a_conditional_run_leaves_out_rows_without_a_class(tmp_path):
     pixels = data.codec.to_stored(samples)[:, 0, 0, 0].tolist()
     assert dict(zip(pixels, drawn.tolist(), strict=True)) == {10 * n: n % CLASSES for n in range(24) if n not in (4, 9)}
     assert len(data.train.sample(24)) == 22
-    with pytest.raises(UsageError, match=r"2 rows of .* cannot be read, and 1 may be so: row 4 \(None is none of the 3"):
+    with pytest.raises(
+        UsageError, match=r"2 rows of .* cannot be read, and 1 may be so: row 4 \(None is none of the 3"
+    ):
         load_data(replace(config, max_unreadable=1))
 
 

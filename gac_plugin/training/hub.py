@@ -85,7 +85,13 @@ def network_folder(path: str | Path, kind: str, revision: str | None = None, tok
     name, folder = str(path), Path(path)
     with suppress(OSError):  # a name that the file system does not take
         if not folder.exists() and isinstance(path, str) and is_repo_id(name):
-            return _fetch(name, kind, revision, token)
+            try:
+                return _fetch(name, kind, revision, token)
+            except UsageError as error:
+                if not isinstance(error.__cause__, LocalEntryNotFoundError):
+                    raise
+                # nobody has said whether there is such a name; a folder's may have been misspelt
+                raise UsageError(f"there is no folder {name!r}, and {error}") from error
         if revision is not None:
             raise UsageError(f"a revision is for a name on the Hub, and {name!r} is none; leave out --revision")
         for place in (folder / kind, folder):
