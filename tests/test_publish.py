@@ -255,11 +255,14 @@ def test_nothing_but_the_named_files_is_sent(logged_in, run):
     assert all(b"secret" not in request.body for request in logged_in.requests)
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "README.md", "samples.png"])
+SENT = [f"generator/{name}" for name in ("model.safetensors", "config.json", "README.md", "samples.png")]
+
+
+@pytest.mark.parametrize("name", [*SENT, "config.json", "evaluation.json", "metrics.jsonl"])
 def test_a_link_out_of_the_run_is_not_followed(logged_in, run, tmp_path, name):
-    file = run / "generator" / name
-    shutil.move(file, tmp_path / name)
-    file.symlink_to(tmp_path / name)
+    elsewhere = tmp_path / Path(name).name
+    shutil.move(run / name, elsewhere)
+    (run / name).symlink_to(elsewhere)
     with pytest.raises(UsageError, match=rf"{name} is a link to a file outside of the run"):
         push_to_hub(run, "ada/digits")
     assert logged_in.requests == []

@@ -19,6 +19,8 @@ from gac_plugin import __version__
 from gac_plugin.errors import UsageError
 from gac_plugin.training.card import (
     CARD,
+    EVALUATION,
+    METRICS,
     PICTURE,
     PLACEHOLDER,
     TRAINING,
@@ -154,6 +156,8 @@ def pack(
         raise UsageError(f"{str(run)!r} is no run folder with a finished generator; give the --output-dir of gac train")
     if license is not None and not LICENSE.fullmatch(license := license.lower()):
         raise UsageError(f"--license must be an identifier such as mit, apache-2.0 or cc-by-4.0, got {license!r}")
+    for told in filter(Path.exists, (folder / RECIPE, folder / EVALUATION, folder / METRICS)):  # in card and settings
+        _read(folder, told.name)
     generator = load_generator(folder / "generator")
     files = {name: _read(folder, f"generator/{name}") for name in (WEIGHTS, RECIPE)}
     files[CARD] = _card(folder, repo_id, license, discriminator, recipe, space).encode()
