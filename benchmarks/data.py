@@ -296,7 +296,9 @@ def page(report: Mapping[str, Any]) -> str:
         "## In the training loop",
         "",
         "`gac train` with its default recipe, MNIST with `mlp`, CIFAR-10 with `dcgan`. The wait is the time in which "
-        "the loop asks for its next batch, the step all of the time from one batch to the next.",
+        "the loop asks for its next batch, the step all of the time from one batch to the next. What reads beside the "
+        "loop, a stream's thread or workers, takes processor time from the step, which the wait does not show: compare "
+        "the steps as well.",
         "",
         "| recipe | feed | step, ms | wait, ms | wait / step |",
         "|---|---|---|---|---|",

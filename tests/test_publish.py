@@ -53,7 +53,7 @@ def run(trained, tmp_path) -> Path:
 
 @pytest.fixture(autouse=True)
 def _no_waiting(monkeypatch):
-    monkeypatch.setattr("gac_plugin.training.publish.WAITS", (0, 0))
+    monkeypatch.setattr("gac_plugin.training.remote.WAITS", (0, 0))
 
 
 @pytest.fixture
@@ -371,6 +371,14 @@ def test_a_different_model_is_not_overwritten(logged_in, run, other):
     assert logged_in.files("ada/digits")["model.safetensors"] == (run / "generator/model.safetensors").read_bytes()
 
 
+def test_a_discriminator_stays_with_its_generator_and_goes_with_it(logged_in, run, other):
+    push_to_hub(run, "ada/digits", discriminator=True)
+    push_to_hub(run, "ada/digits", license="mit")
+    assert "discriminator/model.safetensors" in logged_in.files("ada/digits"), "the generator is the same"
+    push_to_hub(other, "ada/digits", force=True)
+    assert not [path for path in logged_in.files("ada/digits") if path.startswith("discriminator/")]
+
+
 def test_a_repository_that_was_made_in_between_is_looked_at_as_well(logged_in, run, other):
     push_to_hub(other, "ada/digits")
     before = logged_in.files("ada/digits")
@@ -444,9 +452,9 @@ def test_a_push_in_between_is_an_error_and_not_lost(logged_in, run, monkeypatch)
     push_to_hub(run, "ada/digits")
     operations = publish._operations
 
-    def overtaken(parcel):
+    def overtaken(parcel, found):
         logged_in.repos["model", "ada/digits"].commit("main", {})
-        return operations(parcel)
+        return operations(parcel, found)
 
     monkeypatch.setattr(publish, "_operations", overtaken)
     with pytest.raises(UsageError, match="somebody changed 'ada/digits' in the meantime, and nothing was sent"):

@@ -20,7 +20,7 @@ from PIL import Image as Picture
 
 from gac_plugin.cli import main
 from gac_plugin.errors import UsageError
-from gac_plugin.training import splits
+from gac_plugin.training import remote
 from gac_plugin.training.config import Config
 from gac_plugin.training.data import Data, load_data
 from gac_plugin.training.feed import Feed
@@ -33,7 +33,7 @@ COUNT = 12
 
 @pytest.fixture
 def _no_waiting(monkeypatch) -> None:
-    monkeypatch.setattr(splits, "PAUSE", 0.0)
+    monkeypatch.setattr(remote, "WAITS", (0, 0))
     monkeypatch.setattr(datasets.config, "STREAMING_READ_RETRY_INTERVAL", 0)
 
 
@@ -221,7 +221,9 @@ def test_a_file_that_the_hub_does_not_give_is_not_taken_for_a_damaged_one(hub, t
     data = load_data(config)
     assert len(by_content(data)) == COUNT, "what fails for a moment is tried again"
     hub.always(r"GET .*/05\.", 404)
-    with pytest.raises(UsageError, match=r"^cannot read on in split 'train': 404 [^\n]*; go on with --resume auto$"):
+    with pytest.raises(
+        UsageError, match=r"^cannot read on in split 'train': 404 [^\n]*; look at the files, then go on"
+    ):
         list(islice(Feed(config, data, 0, 1, torch.device("cpu")).batches(), 6))
     with pytest.raises(UsageError, match=r"^cannot load data set 'ada/things': 404 [^\n]*$"):
         load_data(config)
@@ -273,6 +275,7 @@ def test_a_part_of_a_data_set_that_is_not_there_is_told(tmp_path):
     config = Config(dataset=str(tmp_path), split="train[:9]", test_split="train[7:9]")
     data = load_data(config)
     assert (len(data.train), len(data.test)) == (9, 2)
+    assert len(load_data(replace(config, split="train[:3]+train[5:9]")).train) == 7
     with pytest.raises(UsageError, match=r"split 'train\[:0\]' of data set .* is empty"):
         load_data(replace(config, split="train[:0]"))
     with pytest.raises(UsageError, match=r"^'train\[:x\]' is no part of a split: .*; write train\[:90%\]"):

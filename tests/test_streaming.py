@@ -281,6 +281,8 @@ def test_a_streamed_run_goes_on_in_as_many_processes_as_it_began_with():
     feed = Feed(RUN, load_data(RUN), 0, 1, torch.device("cpu"))
     with pytest.raises(UsageError, match="was streamed by 2 processes and not by 1; start as many"):
         feed.restore({"streams": [None, None]})
+    with pytest.raises(UsageError, match="was streamed by 0 processes"):
+        feed.restore({"epoch": 0, "images": 64})
 
 
 @pytest.mark.parametrize(

@@ -314,7 +314,7 @@ def _limitations(kind: Kind) -> str:
         "- A generative adversarial network can leave out rare kinds of samples; recall, where it was measured, tells "
         "how many it reaches.\n"
         "- Whether single training samples come back from it was not examined.\n"
-        "- The figures above come from one run with one seed."
+        "- It comes from one run with one seed."
     )
 
 

@@ -90,6 +90,10 @@ def find_column(features: Mapping[str, Any], config: Config) -> tuple[str, str |
     kinds = {name: kind(feature) for name, feature in features.items()}
     if config.column is not None and config.column not in kinds:
         raise UsageError(f"no column {config.column!r} in the data set; its columns: {_listing(kinds)}")
+    if config.column is not None and config.column == config.label_column:
+        raise UsageError(
+            f"column {config.column!r} cannot hold both the samples and the labels; its columns: {_listing(kinds)}"
+        )
     if config.adapter is not None:
         medium = find_adapter(config.adapter).medium
         readers = {IMAGES if medium is None else medium.column: config.adapter}

@@ -103,8 +103,8 @@ def load_data(config: Config, device: torch.device | str = "cpu") -> Data:
         data = _encoded(train, test, config, device, adapter, medium)
     if config.conditional and not data.classes:
         raise UsageError(
-            f"--conditional needs a class label for every row, and data set {config.dataset!r} has none; leave it out, "
-            "or name the column with --label-column"
+            f"--conditional needs a class label for every row, which data set {config.dataset!r} does not have; "
+            "leave it out, or name the column with --label-column"
         )
     return data
 

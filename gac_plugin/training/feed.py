@@ -33,7 +33,9 @@ class Feed:
         self.config, self.data, self.rank, self.processes, self.device = config, data, rank, processes, device
         self._given = 0
         self._place: Mapping[str, Any] | None = None
-        self._known: dict[int, Decoded] = {}
+        # where there is no test split, the stream's first samples stand for it
+        first = isinstance(data.train, Stream) and data.test.split == data.train.split
+        self._known: dict[int, Decoded] = {KNOWN: data.test} if first else {}
 
     def restore(self, facts: Mapping[str, Any]) -> None:
         """Go on where an earlier run stood.
@@ -49,12 +51,13 @@ class Feed:
             in_epoch = len(self.data.train) // self._taken
             self._given = facts["epoch"] * in_epoch + facts["images"] // self._taken
             return
-        if len(facts["streams"]) != self.processes:
+        places = facts.get("streams", [])
+        if len(places) != self.processes:
             raise UsageError(
-                f"the run to resume was streamed by {len(facts['streams'])} processes and not by {self.processes}; "
+                f"the run to resume was streamed by {len(places)} processes and not by {self.processes}; "
                 "start as many, or leave out --streaming in a new run"
             )
-        self._place = facts["streams"][self.rank]
+        self._place = places[self.rank]
 
     def facts(self) -> dict[str, Any]:
         """Where the feed stands, JSON values; to be called by all processes."""

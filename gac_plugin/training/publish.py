@@ -4,15 +4,14 @@ import hashlib
 import json
 import re
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from time import sleep
-from typing import Any, TypeVar
+from typing import Any
 
 import yaml
-from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
 from gac_plugin import __version__
@@ -32,18 +31,14 @@ from gac_plugin.training.card import (
 )
 from gac_plugin.training.config import EMBEDDED, read_config
 from gac_plugin.training.hub import PICKLES, RECIPE, WEIGHTS, load_discriminator, load_generator, read_recipe
-from gac_plugin.training.remote import CLIENT_ERRORS, asking, may_pass, require_repo_id
+from gac_plugin.training.remote import asking, persistently, require_repo_id
 from gac_plugin.training.space import SPACE_SDK, space_files
 
 MODEL_FILES = (RECIPE, ".safetensors", ".h5", ".onnx", ".msgpack", ".gguf", *PICKLES)
 """Ends of the names of files that make a model what it is."""
-SPACE_FILES = ("app.py",)
-WAITS = (1, 4, 15)
-"""Seconds before a call is tried again that the Hub's client itself tries once."""
+SPACE_FILES, DISCRIMINATOR = ("app.py",), "discriminator/"
 MESSAGE = f"A generator trained with gac-plugin {__version__}"
 LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
-
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -124,13 +119,15 @@ def push_to_hub(
         return Publication(tuple(parcels))
     api, urls = HfApi(token=token), list[str]()
     with asking(repo_id, token, revision):
-        found = [_persistently(partial(_look, api, parcel, revision)) for parcel in parcels]
+        found = [persistently(partial(_look, api, parcel, revision)) for parcel in parcels]
         for parcel, here in zip(parcels, found, strict=True):
             _require_place(parcel, here, private, pull_request, force)
     for parcel, here in zip(parcels, found, strict=True):
         try:
             with asking(repo_id, token, revision):
-                urls.append(_propose(api, parcel) if pull_request else _send(api, parcel, here, revision, private))
+                urls.append(
+                    _propose(api, parcel, here) if pull_request else _send(api, parcel, here, revision, private)
+                )
         except UsageError as error:
             before = f"published is {urls[0]}, and not its {parcel.kind}: " if urls else ""
             raise UsageError(f"{before}{error}") from error
@@ -255,17 +252,21 @@ def _require_place(parcel: Parcel, found: Any, private: bool | None, pull_reques
         )
     if pull_request or force:
         return
-    different = [file.rfilename for file in found.siblings if _is_guarded(parcel, file) and not _is_ours(parcel, file)]
-    if different:
+    if different := _different(parcel, found):
         raise UsageError(
             f"{name!r} holds a different {what} already ({', '.join(different)}); pass --force to replace it, "
             "--pull-request to propose yours, or choose another name"
         )
 
 
+def _different(parcel: Parcel, found: Any) -> list[str]:
+    """Files of the repository that would be replaced by something else."""
+    return [file.rfilename for file in found.siblings if _is_guarded(parcel, file) and not _is_ours(parcel, file)]
+
+
 def _is_guarded(parcel: Parcel, file: Any) -> bool:
-    # a discriminator of earlier stays where none is sent
-    left = file.rfilename.startswith("discriminator/") and file.rfilename not in parcel.files
+    # where none is sent, a discriminator stays with its generator, or goes with it
+    left = file.rfilename.startswith(DISCRIMINATOR) and file.rfilename not in parcel.files
     return file.rfilename.endswith(parcel.guarded) and not left
 
 
@@ -283,10 +284,10 @@ def _send(api: HfApi, parcel: Parcel, found: Any, revision: str | None, private:
     """Make the files the commit after the one that was found, and return its address."""
     name, kind = parcel.repo_id, parcel.kind
     if found is None:
-        _persistently(lambda: api.create_repo(name, repo_type=kind, private=private, exist_ok=True, **parcel.create))
+        persistently(lambda: api.create_repo(name, repo_type=kind, private=private, exist_ok=True, **parcel.create))
         if revision is not None:
-            _persistently(lambda: api.create_branch(name, branch=revision, repo_type=kind, exist_ok=True))
-        found = _persistently(lambda: _info(api, parcel, revision))
+            persistently(lambda: api.create_branch(name, branch=revision, repo_type=kind, exist_ok=True))
+        found = persistently(lambda: _info(api, parcel, revision))
         # a branch that begins here takes nothing away; a repository that somebody else has just made could
         _require_place(parcel, found, private, pull_request=False, force=revision is not None)
 
@@ -294,7 +295,7 @@ def _send(api: HfApi, parcel: Parcel, found: Any, revision: str | None, private:
         # made twice it is one commit: the client leaves out what the branch holds, and makes none of nothing
         made = api.create_commit(
             name,
-            _operations(parcel),
+            _operations(parcel, found),
             repo_type=kind,
             revision=revision,
             parent_commit=found.sha,
@@ -302,31 +303,24 @@ def _send(api: HfApi, parcel: Parcel, found: Any, revision: str | None, private:
         )
         return made.commit_url
 
-    return _persistently(commit)
+    return persistently(commit)
 
 
-def _propose(api: HfApi, parcel: Parcel) -> str:
+def _propose(api: HfApi, parcel: Parcel, found: Any) -> str:
     """Open a pull request, and return its address. It is tried once, since a second try could open a second one."""
     made = api.create_commit(
-        parcel.repo_id, _operations(parcel), repo_type=parcel.kind, create_pr=True, commit_message=MESSAGE
+        parcel.repo_id, _operations(parcel, found), repo_type=parcel.kind, create_pr=True, commit_message=MESSAGE
     )
     return made.pr_url or made.commit_url
 
 
-def _operations(parcel: Parcel) -> list[CommitOperationAdd]:
-    return [CommitOperationAdd(path, content) for path, content in parcel.files.items()]
-
-
-def _persistently(call: Callable[[], Result]) -> Result:
-    """Try again, a few times, what failed for a reason that may pass. The call must be one that may be made twice."""
-    for wait in WAITS:
-        try:
-            return call()
-        except CLIENT_ERRORS as error:
-            if not may_pass(error):
-                raise
-        sleep(wait)
-    return call()
+def _operations(parcel: Parcel, found: Any) -> Sequence[CommitOperationAdd | CommitOperationDelete]:
+    """The files of a parcel; the discriminator of another generator does not stay beside it."""
+    added = [CommitOperationAdd(path, content) for path, content in parcel.files.items()]
+    if not _different(parcel, found):
+        return added
+    others = [file.rfilename for file in found.siblings if file.rfilename.startswith(DISCRIMINATOR)]
+    return [*added, *(CommitOperationDelete(path) for path in others if path not in parcel.files)]
 
 
 def described(parcel: Parcel) -> Mapping[str, tuple[int, str]]:

@@ -4,8 +4,10 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 from huggingface_hub import constants, get_token
 from huggingface_hub.errors import (
@@ -29,6 +31,9 @@ CLIENT_ERRORS: tuple[type[BaseException], ...] = (RuntimeError, ValueError, KeyE
 """What the client raises."""
 UNREADABLE = (json.JSONDecodeError, KeyError)
 """What the client raises over an answer that is not one of the Hub's, such as a proxy's page."""
+WAITS = (1, 4, 15)
+"""Seconds before each further try of what may be tried again."""
+Result = TypeVar("Result")
 TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
 
 
@@ -97,6 +102,18 @@ def may_pass(error: BaseException | None) -> bool:
         return status in (408, 500, 502, 503, 504)
     broken_off = isinstance(error, (*CONNECTION_ERRORS, *UNREADABLE))
     return (broken_off and not isinstance(error, FileNotFoundError | PermissionError)) or may_pass(error.__cause__)
+
+
+def persistently(call: Callable[[], Result]) -> Result:
+    """Try again, a few times, what failed for a reason that may pass. The call must be one that may be made twice."""
+    for seconds in WAITS:
+        try:
+            return call()
+        except Exception as error:
+            if not may_pass(error):
+                raise
+        time.sleep(seconds)
+    return call()
 
 
 def _told(error: BaseException, repo_id: str, revision: str) -> str:

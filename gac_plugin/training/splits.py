@@ -1,13 +1,12 @@
 """Opening a data set: the embedded one, a folder of any format that `datasets` reads, or one on the Hub."""
 
 import errno
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from importlib.resources import files
 from pathlib import Path, PurePosixPath
 from textwrap import shorten
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias
 
 import fsspec
 import pyarrow as pa
@@ -21,22 +20,21 @@ from datasets import (
     Features,
     IterableDataset,
     ReadInstruction,
+    concatenate_datasets,
     load_dataset_builder,
 )
 from datasets.exceptions import DatasetGenerationError, DatasetsError
 
 from gac_plugin.errors import UsageError
 from gac_plugin.training.config import EMBEDDED, Config
-from gac_plugin.training.remote import CLIENT_ERRORS, may_pass
+from gac_plugin.training.remote import CLIENT_ERRORS, persistently
 from gac_plugin.training.source import first_line
 
 Rows: TypeAlias = Dataset | IterableDataset
-Result = TypeVar("Result")
 FAILURES = (*CLIENT_ERRORS, DatasetsError)
 """What `datasets` raises when a data set is not there or cannot be read, or the network fails."""
-TRIES, PAUSE = 3, 1.0
-"""How often a data set is asked of a Hub that is out of order, and seconds from one try to the next, twice as long
-each time. A file that is there already is not fetched again."""
+REMOTE = ("hf://", "https://")
+"""Beginnings of addresses that are read; a data set of others' could name any place."""
 ROWS_THAT_TELL = 100
 """Rows of a stream from which the types of its columns are read where the files do not tell them."""
 NO_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
@@ -74,12 +72,12 @@ def _part(splits: Mapping[str, Rows], name: str, config: Config) -> Rows:
     if config.streaming:
         raise UsageError(f"a stream is read from its beginning to its end; pass a whole split in place of {name!r}")
     try:
-        (part,) = ReadInstruction.from_spec(name).to_absolute({split: len(rows) for split, rows in splits.items()})
+        parts = ReadInstruction.from_spec(name).to_absolute({split: len(rows) for split, rows in splits.items()})
     except (AssertionError, ValueError) as error:
         raise UsageError(
             f"{name!r} is no part of a split: {first_line(error)}; write train[:90%] or train[100:]"
         ) from error
-    return splits[part.splitname].select(range(part.from_ or 0, part.to))
+    return concatenate_datasets([splits[part.splitname].select(range(part.from_ or 0, part.to)) for part in parts])
 
 
 def first_rows(rows: IterableDataset, count: int, config: Config) -> list[dict[str, Any]]:
@@ -118,21 +116,9 @@ def _load(config: Config) -> Mapping[str, Rows]:
         raise UsageError(f"--revision {config.revision} is for data sets on the Hub; {config.dataset!r} is a folder")
     load = partial(_streams if config.streaming else _tables, source, config)
     try:
-        return load() if Path(source).is_dir() else _persistently(load)
+        return load() if Path(source).is_dir() else persistently(load)
     except FAILURES as error:
         raise cannot_load(config, error) from error
-
-
-def _persistently(call: Callable[[], Result]) -> Result:
-    """Try again, a few times, what failed for a reason that may pass."""
-    for pause in [PAUSE * 2**n for n in range(TRIES - 1)]:
-        try:
-            return call()
-        except FAILURES as error:
-            if not may_pass(error):
-                raise
-        time.sleep(pause)
-    return call()
 
 
 def _streams(source: str, config: Config) -> Mapping[str, IterableDataset]:
@@ -193,8 +179,8 @@ def fetched(cell: Any) -> Any:
     Raises:
         One of `FAILURES`: the file cannot be had.
     """
-    if isinstance(cell, Mapping) and cell.get("bytes") is None and "://" in (cell.get("path") or ""):
-        return {**cell, "bytes": _persistently(partial(_content, cell["path"]))}
+    if isinstance(cell, Mapping) and cell.get("bytes") is None and str(cell.get("path")).startswith(REMOTE):
+        return {**cell, "bytes": persistently(partial(_content, cell["path"]))}
     return cell
 
 

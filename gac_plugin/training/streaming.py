@@ -17,6 +17,7 @@ from datasets.distributed import split_dataset_by_node
 from torch import Tensor
 
 from gac_plugin.errors import UsageError
+from gac_plugin.training.remote import may_pass
 from gac_plugin.training.source import Decoded, first_line
 from gac_plugin.training.splits import FAILURES
 from gac_plugin.training.unreadable import Unreadable, UnreadableError
@@ -180,9 +181,8 @@ class Stream:
         except UsageError:
             raise
         except FAILURES as error:
-            raise UsageError(
-                f"cannot read on in split {self.split!r}: {first_line(error)}; go on with --resume auto"
-            ) from error
+            mend = "go on with --resume auto" if may_pass(error) else "look at the files, then go on with --resume auto"
+            raise UsageError(f"cannot read on in split {self.split!r}: {first_line(error)}; {mend}") from error
 
     def _decoded(
         self, table: Any, first: int, unreadable: Unreadable, closed: Event
