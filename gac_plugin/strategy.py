@@ -35,6 +35,7 @@ from gac_plugin.cotangent import (
     reshard,
     sharded_parts,
 )
+from gac_plugin.diagnostics import Walk, accuracies, covector_norm
 from gac_plugin.errors import UsageError, resolve
 from gac_plugin.losses import LOSSES, SCORES, Loss, Objective, Score, generator_objective
 from gac_plugin.penalties import PENALTIES, GradientPenalty, logit_gradient
@@ -68,14 +69,24 @@ class Judged:
     fake_gradient: Tensor | None
     penalty: Tensor | None
 
-    def stats(self, loss: Tensor) -> Stats:
-        """Detached statistics of the discriminator's side; see `GAC.step`."""
+    def stats(self, loss: Tensor, measured: bool) -> Stats:
+        """Detached statistics of the discriminator's side; see `GAC.step`.
+
+        Args:
+            loss: D's mean loss.
+            measured: with D's accuracies.
+        """
         stats = {
             "loss_d": loss.detach(),
             "d_real": _mean([torch.sigmoid(head.detach()).mean() for head in self.real_logits]),
             "d_fake": _mean([torch.sigmoid(head.detach()).mean() for head in self.fake_logits]),
         }
-        return stats if self.penalty is None else stats | {"penalty": self.penalty.detach()}
+        if self.penalty is not None:
+            stats["penalty"] = self.penalty.detach()
+        if measured:
+            with torch.no_grad():
+                stats |= accuracies(self.real_logits, self.fake_logits)
+        return stats
 
 
 @dataclass(frozen=True)
@@ -116,6 +127,8 @@ class GAC:
         max_norm: bound on the norm of each network's gradient; None for none.
         skip_nonfinite: leave out a step whose loss or gradient is not finite, in all processes together. It reads a
             number on the host in every step; without it nothing does.
+        diagnose_every: steps from one measurement of the diagnostics (see `step`) to the next, beside the first step;
+            0 for none.
 
     Raises:
         UsageError: an unknown name, a discriminator that the fused schedule cannot serve, or a set-up of several
@@ -138,6 +151,7 @@ class GAC:
         latent: LatentSource | None = None,
         max_norm: float | None = None,
         skip_nonfinite: bool = False,
+        diagnose_every: int = 0,
     ) -> None:
         if schedule not in SCHEDULES:
             raise UsageError(f"unknown schedule {schedule!r}; choose one of: {', '.join(SCHEDULES)}")
@@ -158,6 +172,7 @@ class GAC:
             raise UsageError(f"max_norm must be a number above 0, got {max_norm!r}")
         self._update_d = Update(discriminator_optimizer, accelerator, max_norm, skip_nonfinite)
         self._update_g = Update(generator_optimizer, accelerator, max_norm, skip_nonfinite)
+        self._walk = Walk(plain(generator_optimizer), diagnose_every)
         self._spread = spread if skip_nonfinite else _unchanged
         self._discriminator_steps = 0
         self._window: list[Batch] = []
@@ -195,6 +210,9 @@ class GAC:
             `penalty`, on the steps that carry it. `beta`, from `ConjugateGradient` with a rule other than `none`.
             `norm_d`, `norm_g`: norms of the gradients, with `max_norm` or `skip_nonfinite`. Under
             `Accelerator.accumulate`, `loss_g` and what follows come at the end of each window.
+            On the steps that `diagnose_every` names, also `accuracy_real` and `accuracy_fake`, D's before its update;
+            `norm_c`, mean norm of the covectors that G ascends; `norm_g`; `update`, the length of G's step relative to
+            its parameters; and `cosine`, between it and the step before. See `gac_plugin.diagnostics`.
 
         Raises:
             UsageError: samples are no tensors or their shapes differ, no way to draw latents is known, or, at the
@@ -237,8 +255,7 @@ class GAC:
         Raises:
             UsageError: `fake` has no graph, or the loss needs `real`.
         """
-        loss = self._pull_back(fake, real, conditions)
-        return {"loss_g": loss} | self._step_generator()
+        return self._pull_back(fake, real, conditions) | self._step_generator()
 
     def cotangent(self, fake: Tensor, real: Tensor | None = None, **conditions: Any) -> Tensor:
         """The covectors c_i = w_i dl/dx (x_i) of the score at the samples: what D wants changed in each of them.
@@ -257,29 +274,40 @@ class GAC:
         return -covector
 
     @property
+    def diagnose_every(self) -> int:
+        """Steps from one measurement of the diagnostics to the next; 0 for none."""
+        return self._walk.every
+
+    @diagnose_every.setter
+    def diagnose_every(self, steps: int) -> None:
+        self._walk.every = steps
+
+    @property
     def skipped(self) -> int:
         """Number of steps left out so far because a loss or gradient was not finite."""
         return self._update_d.skipped + self._update_g.skipped
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, Any]:
         """What GAC itself remembers; networks and optimizers save their own state."""
         return {
             "discriminator_steps": self._discriminator_steps,
             "skipped_d": self._update_d.skipped,
             "skipped_g": self._update_g.skipped,
+            "walk": self._walk.state_dict(),
         }
 
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Continue from a `state_dict`, so that lazy penalties fall on the same steps."""
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a `state_dict`, so that lazy penalties and diagnostics fall on the same steps."""
         self._discriminator_steps = state["discriminator_steps"]
+        self._walk.load_state_dict(state.get("walk", {"steps": self._discriminator_steps, "previous": []}))
         self._update_d.skipped, self._update_g.skipped = state.get("skipped_d", 0), state.get("skipped_g", 0)
 
     def _fresh_step(self, real: Tensor, batch: Batch) -> Stats:
         """D first, then G by the covectors of the updated D at the same samples."""
         fake = self._generate(batch)
         stats = self._discriminator_step(real, fake, batch.to_discriminator)
-        loss = self._pull_back(fake, batch.paired, batch.to_discriminator)
-        return stats | {"loss_g": loss} | self._step_generator()
+        ascent = self._pull_back(fake, batch.paired, batch.to_discriminator)
+        return stats | ascent | self._step_generator()
 
     def _accumulated_step(self, real: Tensor, batch: Batch) -> Stats:
         """One batch of a window. At its end D is updated on the whole window, and only then G, at the same samples.
@@ -294,12 +322,13 @@ class GAC:
         if not window_ends(self.accelerator):
             return stats
         (*earlier, last), self._window = self._window, []
-        losses = []
+        ascents = []
         for batch in earlier:
             with without_synchronisation(self.accelerator, self.generator):
-                losses.append(self._pull_back(self._generate(batch), batch.paired, batch.to_discriminator))
-        losses.append(self._pull_back(self._generate(last), last.paired, last.to_discriminator))
-        return stats | {"loss_g": torch.stack(losses).mean()} | self._step_generator()
+                ascents.append(self._pull_back(self._generate(batch), batch.paired, batch.to_discriminator))
+        ascents.append(self._pull_back(self._generate(last), last.paired, last.to_discriminator))
+        means = {name: torch.stack([ascent[name] for ascent in ascents]).mean() for name in ascents[0]}
+        return stats | means | self._step_generator()
 
     def _fused_step(self, real: Tensor, batch: Batch) -> Stats:
         """Both updates from one backward pass of D, weighted so that D's gradient and G's covector come out of it."""
@@ -313,7 +342,7 @@ class GAC:
             loss_g = self._objective(real_logits, fake_logits).mean()
         # the chain rule, cut at the logits: its gradient in D's parameters is that of the mean loss
         cut = (real_logits * v_real).sum() + (fake_logits * keep_visible(v_fake)).sum()
-        norm = self._update_discriminator(cut, judged.penalty)
+        stats = judged.stats(loss_d, self._measures_discriminator) | self._update_discriminator(cut, judged.penalty)
 
         if judged.fake_gradient is not None:  # R2 has measured dl/dx already
             covector = scale_samples(w.reshape(-1), judged.fake_gradient.detach())
@@ -323,7 +352,7 @@ class GAC:
             covector = scale_samples((w / fake_logits.grad).reshape(-1), judged.fake.grad)
         self._update_g.begin()
         pullback(fake, covector, self.accelerator)
-        return judged.stats(loss_d) | norm | {"loss_g": loss_g} | self._step_generator()
+        return stats | self._ascent_stats(loss_g, covector) | self._step_generator()
 
     def _generate(self, batch: Batch) -> Tensor:
         fake = self.generator(batch.z, **batch.to_generator)
@@ -333,7 +362,8 @@ class GAC:
     def _discriminator_step(self, real: Tensor, fake: Tensor, conditions: Conditions) -> Stats:
         judged = self._judge(real, fake, conditions)
         loss = _mean_over_heads(self.loss.discriminator, judged.real_logits, judged.fake_logits)
-        return judged.stats(loss) | self._update_discriminator(loss, judged.penalty)
+        stats = judged.stats(loss, self._measures_discriminator)
+        return stats | self._update_discriminator(loss, judged.penalty)
 
     def _judge(self, real: Tensor, fake: Tensor, conditions: Conditions, keep_input_gradient: bool = False) -> Judged:
         """D's forward passes on both batches, with the penalty on the steps that carry it."""
@@ -392,12 +422,20 @@ class GAC:
 
             return cotangent(objective, fake, getattr(self.accelerator, "scaler", None))
 
-    def _pull_back(self, fake: Tensor, real: Tensor | None, conditions: Conditions) -> Tensor:
-        """Add one batch's gradient to the generator's; returns the mean loss."""
+    def _pull_back(self, fake: Tensor, real: Tensor | None, conditions: Conditions) -> Stats:
+        """Add one batch's gradient to the generator's; returns the statistics of that batch."""
         covector, loss = self._covector(fake, real, conditions, torch.mean)
         self._update_g.begin()
         pullback(fake, covector, self.accelerator)
-        return loss
+        return self._ascent_stats(loss, covector)
+
+    def _ascent_stats(self, loss: Tensor, covector: Tensor) -> Stats:
+        stats = {"loss_g": loss}
+        return stats | {"norm_c": covector_norm(covector)} if self._walk.measures_next else stats
+
+    @property
+    def _measures_discriminator(self) -> bool:
+        return self._walk.is_due(self._discriminator_steps + 1)
 
     def _update_discriminator(self, loss: Tensor, penalty: Tensor | None) -> Stats:
         loss = self._spread(loss if penalty is None else loss + penalty)
@@ -416,10 +454,10 @@ class GAC:
             return {}
         if self._update_d.left_out:  # one step is both updates: what spoiled D's is not trusted for G's
             self._update_g.discard()
+            self._walk.forget()
             return {}
-        norm = self._update_g.finish()
+        stats = self._walk.step(self._update_g.finish)
         reshard(self._sharded_g)
-        stats = {} if norm is None else {"norm_g": norm}
         beta = getattr(plain(self.generator_optimizer), "beta", None)
         return stats if beta is None else stats | {"beta": beta}
 

@@ -12,6 +12,8 @@ from accelerate import PartialState
 from gac_plugin.errors import exit_code
 from gac_plugin.training.config import GROUPS, PRESETS, Config, field_type, make_config, read_config
 from gac_plugin.training.files import MARK
+from gac_plugin.training.findings import Finding, findings, read_metrics
+from gac_plugin.training.journal import METRICS
 from gac_plugin.training.loop import Result, train
 from gac_plugin.training.processes import leave
 from gac_plugin.training.stopping import Stop
@@ -43,16 +45,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Train by parsed arguments and print the table of results.
+    """Train by parsed arguments and print the table of results, and what the figures say.
 
     Raises:
         UsageError: see `make_config` and `train`.
     """
     names = {item.name for item in fields(Config)}
     flags = {name: value for name, value in vars(arguments).items() if name in names}
-    result = train(make_config(flags, arguments.preset, arguments.config, earlier_settings(flags)))
+    config = make_config(flags, arguments.preset, arguments.config, earlier_settings(flags))
+    result = train(config)
     if PartialState().is_main_process and result.stopped is not Stop.TERMINATED:
-        sys.stdout.write(summary(result))
+        told = findings(read_metrics(result.folder / METRICS), config)
+        sys.stdout.write(summary(result) + spoken(told))
 
 
 def earlier_settings(flags: Mapping[str, Any]) -> dict[str, Any]:
@@ -89,6 +93,11 @@ def summary(result: Result) -> str:
     ]
     width = max(len(name) for name, _ in rows)
     return "\n" + "".join(f"{name:<{width}}  {value}\n" for name, value in rows)
+
+
+def spoken(told: Sequence[Finding]) -> str:
+    """The findings, one a line, below the table."""
+    return "\nfindings\n" + "".join(f"  {finding.text}\n" for finding in told)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -36,6 +36,12 @@ def diversity(generated: Tensor, real_distance: Tensor) -> Tensor:
     return nearest_distance(generated) / real_distance.clamp_min(1e-12)
 
 
+def blind_loss(loss: Loss) -> float:
+    """The loss of a D that cannot tell real from generated samples."""
+    level = torch.zeros(1, 1)
+    return float(loss.discriminator(level, level).mean())
+
+
 class Health:
     """Watches logged figures and says once, for as long as it lasts, what is wrong with the game.
 
@@ -45,8 +51,7 @@ class Health:
     """
 
     def __init__(self, loss: Loss, say: Callable[[str], None]) -> None:
-        level = torch.zeros(1, 1)
-        self.blind_loss = float(loss.discriminator(level, level).mean())
+        self.blind_loss = blind_loss(loss)
         self.say = say
         self._seen = {"collapsed": 0, "overpowering": 0}
 

@@ -121,6 +121,7 @@ class _Run:
         self.feed = Feed(config, data, accelerator.process_index, accelerator.num_processes, accelerator.device)
         self.main = accelerator.is_main_process
         self.game = Game(config, *networks, accelerator)
+        self.game.gac.diagnose_every = config.log_every
         self.random = RandomStates()
         self.health = Health(self.game.gac.loss, _say)
         few = self.codec.to_samples(self.feed.known(GRID).values.to(accelerator.device))
