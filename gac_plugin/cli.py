@@ -1,4 +1,4 @@
-"""The command line: `gac train | sample | publish | demo | info`."""
+"""The command line: `gac train | sample | explain | publish | demo | info`."""
 
 import argparse
 import json
@@ -22,6 +22,7 @@ from gac_plugin.training.config import PRESETS
 from gac_plugin.training.data import codec_of
 from gac_plugin.training.generate import generate
 from gac_plugin.training.hub import load_generator, network_folder, read_recipe
+from gac_plugin.training.maps import explain
 from gac_plugin.training.networks import adapter_names, adapter_options, find_adapter
 from gac_plugin.training.publish import described, push_to_hub
 
@@ -67,6 +68,16 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--revision", metavar="REVISION", help="branch, tag or commit on the Hub (default: main)")
     demo.add_argument("--port", type=int, metavar="N", help="port on 127.0.0.1 (default: a free one from 7860 on)")
     demo.set_defaults(run=_demo)
+
+    explain = commands.add_parser(
+        "explain", help="draw what D wants changed, and where in G it arrives", allow_abbrev=False
+    )
+    explain.add_argument("model", metavar="RUN_OR_MODEL", help="run folder, or USER/NAME with its discriminator")
+    explain.add_argument("--revision", metavar="REVISION", help="branch, tag or commit on the Hub (default: main)")
+    explain.add_argument("--n", type=int, default=8, metavar="N", help="how many samples (default: 8)")
+    explain.add_argument("--out", default="explanation", metavar="DIR", help="folder (default: explanation)")
+    explain.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the latents (default: 0)")
+    explain.set_defaults(run=_explain)
 
     publish = commands.add_parser(
         "publish",
@@ -124,6 +135,13 @@ def _sample(arguments: argparse.Namespace) -> None:
     stored = generate(generator, recipe, arguments.n, arguments.seed, labels=labels, truncation=truncation)
     codec.write(out, stored, min(arguments.columns, arguments.n) if arguments.columns else None)
     print(f"{arguments.n} samples in {out}")
+
+
+def _explain(arguments: argparse.Namespace) -> None:
+    out = Path(arguments.out)
+    for sentence in explain(arguments.model, out, arguments.n, arguments.seed, arguments.revision):
+        print(f"- {sentence}")
+    print(f"pictures in {out}")
 
 
 def _publish(arguments: argparse.Namespace) -> None:

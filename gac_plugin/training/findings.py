@@ -21,20 +21,21 @@ FEWEST = 4
 """Lines of metrics, below which nothing is said."""
 SURE = 0.98
 """D wins when it is right about so many of both kinds of samples."""
-GUESSING = 0.55
+GUESSING = 0.52
 """D is blind when it is right about so few of both kinds, where 0.5 is guessing."""
 NARROWER = 0.6
 """G narrows when the diversity of its samples falls below this share of what it was at its widest."""
 AGAINST = -0.3
 """Directions oppose each other when their cosine is below this."""
-STRIDE = 0.05
+STRIDE = 0.2
 """Steps are too long above, each one relative to the parameters."""
 STILL = 1e-6
 """G stands still when half of its steps are below, relative to the parameters."""
 FADED = 0.01
 """Covectors have faded when they are below this share of their norm in the first quarter."""
-BETTER = 0.05
-"""An evaluation counts as better when its Frechet distance is lower by this share."""
+BETTER, WORSE = 0.1, 0.2
+"""A run still improves when its Frechet distance falls by this share in the last quarter; the best came earlier when it
+is lower than the last one by this share. Two seeds of one recipe differ by about 0.1."""
 
 Evidence = dict[str, float]
 
@@ -194,7 +195,7 @@ def _best_came_earlier(curves: Curves, config: Config) -> Evidence | None:
         return None
     step, best = min(evaluations, key=lambda evaluation: evaluation[1])
     _, last = evaluations[-1]
-    return {"step": step, "best": best, "last": last} if best < (1 - BETTER) * last else None
+    return {"step": step, "best": best, "last": last} if best < (1 - WORSE) * last else None
 
 
 def _still_improving(curves: Curves, config: Config) -> Evidence | None:
