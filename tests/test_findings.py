@@ -53,6 +53,7 @@ MUST = {
         {"loss_d": late(1.2, 0.04 * BLIND)},
         {"loss_d": 0.01, "accuracy_real": None},
     ],
+    "G is saturated": [{"norm_g": late(0.4, 0.0)}, {"norm_g": 0.0, "update": 0.0}],
     "G has collapsed": [{"diversity": late(0.9, 0.05)}],
     "G narrows": [{"diversity": lambda gone: 1 - 0.6 * gone}],
     "D is blind": [{"accuracy_real": 0.5, "accuracy_fake": 0.51}],
@@ -77,9 +78,10 @@ MUST_NOT = {
         {"diversity": lambda gone: 2 - 1.1 * gone},  # noise at first, and the data's own variety in the end
     ],
     "D is blind": [{"accuracy_real": 0.5, "accuracy_fake": 0.7}],
+    "G is saturated": [{"norm_g": late(0.0, 0.1)}, {"norm_g": 1e-3, "norm_c": 100.0}, {"norm_c": None}],
     "directions oppose each other": [{"cosine": late(-0.5, 0.1)}, {"cosine": -0.1}],
     "steps too long": [{"update": late(0.3, 0.1)}],
-    "G stands still": [{"update": late(1e-3, 1e-7)}],  # rates that fall to 0
+    "G stands still": [{"update": late(1e-3, 1e-7)}, {"update": 0.0, "norm_g": 0.0}],  # rates fall to 0; saturated
     "covectors have faded": [{"norm_c": lambda gone: 0.3 * math.exp(-3 * gone)}],
     "the best came earlier": [{"frechet": every_quarter(90.0, 42.0, 55.0, 50.0)}, {"frechet": late(None, None)}],
     "still improving": [

@@ -257,7 +257,7 @@ def test_explain_writes_pictures_and_tells_what_they_show(run, tmp_path, capsys)
     out = capsys.readouterr().out
     assert "D's logit of the 4 samples is " in out
     assert "from step 100 to step 300 the norm of D's covectors went from " in out
-    assert "10 steps of refine raise the logit from " in out
+    assert "10 steps of refine take the logit of 4 samples from " in out
     assert "so they tell what D has learned" in out
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {"maps.png", "refine.png", "training.png", "layers.png", "layers.json"}

@@ -22,7 +22,7 @@ FEWEST = 4
 SURE = 0.98
 """D wins when it is right about so many of both kinds of samples."""
 GUESSING = 0.52
-"""D is blind when it is right about so few of both kinds, where 0.5 is guessing."""
+"""D is blind when it is right about so few of both kinds together, where 0.5 is guessing."""
 NARROWER = 0.6
 """G narrows when the diversity of its samples falls below this share of what it was at its widest."""
 AGAINST = -0.3
@@ -31,6 +31,8 @@ STRIDE = 0.2
 """Steps are too long above, each one relative to the parameters."""
 STILL = 1e-6
 """G stands still when half of its steps are below, relative to the parameters."""
+SATURATED = 1e-6
+"""G is saturated when its gradient is below this share of the covectors that were pulled back to it."""
 FADED = 0.01
 """Covectors have faded when they are below this share of their norm in the first quarter."""
 BETTER, WORSE = 0.1, 0.2
@@ -150,8 +152,8 @@ def _discriminator_wins(curves: Curves, config: Config) -> Evidence | None:
 
 def _discriminator_is_blind(curves: Curves, config: Config) -> Evidence | None:
     real, fake = curves.late("accuracy_real"), curves.late("accuracy_fake")
-    blind = real is not None and fake is not None and (real + fake) / 2 < GUESSING
-    return {"right": (real + fake) / 2} if blind else None  # type: ignore[operator]
+    right = math.nan if real is None or fake is None else (real + fake) / 2
+    return {"right": right} if right < GUESSING else None
 
 
 def _collapsed(curves: Curves, config: Config) -> Evidence | None:
@@ -178,9 +180,16 @@ def _steps_too_long(curves: Curves, config: Config) -> Evidence | None:
     return {"update": update} if update is not None and update > STRIDE else None
 
 
+def _saturated(curves: Curves, config: Config) -> Evidence | None:
+    gradient, covector = curves.late("norm_g"), curves.late("norm_c")
+    lost = gradient is not None and covector is not None and gradient < SATURATED * covector
+    return {"gradient": gradient, "covector": covector} if lost else None  # type: ignore[dict-item]
+
+
 def _stands_still(curves: Curves, config: Config) -> Evidence | None:
     update = curves.middle("update")
-    return {"update": update} if update is not None and update < STILL else None
+    still = update is not None and update < STILL and _saturated(curves, config) is None
+    return {"update": update} if still else None  # type: ignore[dict-item]
 
 
 def _covectors_faded(curves: Curves, config: Config) -> Evidence | None:
@@ -216,6 +225,12 @@ SIGNS: tuple[Sign, ...] = (
         "--lr-discriminator, or raise --r1 and --r2",
     ),
     Sign(
+        "G is saturated",
+        _saturated,
+        "G is saturated: D's covectors are {covector:.2g} long, and a gradient of {gradient:.1g} arrives at its "
+        "parameters: start again with a lower --lr-generator",
+    ),
+    Sign(
         "D wins",
         _discriminator_wins,
         "D wins: it is right about {right:.0%} of the samples and its loss is {loss:.2g}: raise --r1 and --r2, or "
@@ -236,7 +251,7 @@ SIGNS: tuple[Sign, ...] = (
     Sign(
         "D is blind",
         _discriminator_is_blind,
-        "D is blind: it is right about {right:.0%} of the samples, and guessing gives 50%: if they do not look real, "
+        "D is blind: it is right about {right:.0%} of the samples, where guessing gives 50%: if they do not look real, "
         "lower --r1 and --r2, or raise --lr-discriminator or --width",
     ),
     Sign(

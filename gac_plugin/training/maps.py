@@ -47,6 +47,7 @@ STAGES = 8
 MOST = 64
 """Samples at most."""
 
+Captioned = tuple[Image.Image, str]
 Draw = Callable[[Tensor, Tensor], list[Image.Image]]
 """Samples and covectors, both (B, ...) -> a tile for each sample."""
 
@@ -290,7 +291,7 @@ def _letters(codec: Any, numbers: Tensor) -> list[str]:
 def _write_maps(pair: Pair, wish: Wish, out: Path) -> str:
     draw, legend = draw_tiles(pair.codec)
     tiles = draw(wish.samples, wish.covectors)
-    captions = [f"logit {logit:+.2f}" for logit in wish.logits.tolist()]
+    captions = [f"logit {logit:+.2g}" for logit in wish.logits.tolist()]
     columns = max(1, min(len(tiles), 1000 // tiles[0].width))
     title = "what D wants changed in generated samples" if legend else "below: the letters that D would rather see"
     write_sheet(out / "maps.png", list(zip(tiles, captions, strict=True)), columns, title, legend)
@@ -300,8 +301,8 @@ def _write_maps(pair: Pair, wish: Wish, out: Path) -> str:
     tenth = squares[:, : max(1, squares.shape[1] // 10)].sum(dim=1) / squares.sum(dim=1).clamp_min(1e-30)
     logits = wish.logits
     return (
-        f"D's logit of the {len(logits)} samples is {logits.mean():+.2f} on average, {logits.min():+.2f} to "
-        f"{logits.max():+.2f}, above 0 for real; a tenth of the values of a sample carries {tenth.mean():.0%} of what "
+        f"D's logit of the {len(logits)} samples is {logits.mean():+.2g} on average, {logits.min():+.2g} to "
+        f"{logits.max():+.2g}, above 0 for real; a tenth of the values of a sample carries {tenth.mean():.0%} of what "
         "D wants changed"
     )
 
@@ -312,20 +313,20 @@ def _write_letters(codec: Any, wish: Wish, path: Path) -> None:
     made = wish.samples.argmax(dim=2)
     lines = []
     for row in range(len(made)):
-        lines.append(f"{codec.texts(made[row : row + 1])[0]}\tlogit {wish.logits[row]:+.2f}\n")
+        lines.append(f"{codec.texts(made[row : row + 1])[0]}\tlogit {wish.logits[row]:+.2g}\n")
         here, wanted = _letters(codec, made[row]), _letters(codec, best[row])
         for position, (old, new, gain) in enumerate(zip(here, wanted, gains[row].tolist(), strict=True), 1):
-            lines.append(f"\t{position}\t{old}\t{new if gain > 0 else '='}\t{gain:+.3f}\n")
+            lines.append(f"\t{position}\t{old}\t{new if gain > 0 else '='}\t{gain:+.2g}\n")
     text = "text\tposition\tletter\twanted\tgain\n" + "".join(lines)
     write_whole(path, lambda temporary: temporary.write_bytes(text.encode()))  # type: ignore[arg-type]
 
 
 def _write_training(pair: Pair, checkpoints: Path, out: Path) -> list[str]:
-    """The same latents at each checkpoint of a run: a row for each sample, a column for each checkpoint."""
+    """The same latents at the checkpoints of a run, `STAGES` of them at most, the last one among them."""
     draw, legend = draw_tiles(pair.codec)
     z, conditions = pair.first(STRIPS)
     folders = sorted(checkpoints.glob("step-*"))
-    columns = []
+    stages, norms = [], []
     every = max(1, -(-len(folders) // STAGES))
     for folder in folders[::-every][::-1]:
         try:
@@ -336,38 +337,48 @@ def _write_training(pair: Pair, checkpoints: Path, out: Path) -> list[str]:
         generator.load_state_dict(states["average"]["network"])
         discriminator.load_state_dict(states["discriminator"])
         wish = wishes(generator, discriminator, z, conditions)
-        step = int(folder.name.removeprefix("step-"))
-        columns.append((step, draw(wish.samples, wish.covectors), wish))
-    if len(columns) < 2:
+        captions = [f"step {int(folder.name.removeprefix('step-'))}"] * len(z)
+        stages.append(list(zip(draw(wish.samples, wish.covectors), captions, strict=True)))
+        norms.append(float(per_sample_norm(wish.covectors).mean()))
+    if len(stages) < 2:
         return []
-    tiles = [(drawn[row], f"step {step}") for row in range(len(z)) for step, drawn, _ in columns]
-    write_sheet(out / "training.png", tiles, len(columns), "what D wanted changed, along training", legend)
-    norms = [float(per_sample_norm(wish.covectors).mean()) for _, _, wish in columns]
+    _write_film(out / "training.png", stages, "what D wanted changed, along training", legend)
     return [
-        f"from step {columns[0][0]} to step {columns[-1][0]} the norm of D's covectors went from {norms[0]:.3g} to "
+        f"from {stages[0][0][1]} to {stages[-1][0][1]} the norm of D's covectors went from {norms[0]:.3g} to "
         f"{norms[-1]:.3g}"
     ]
 
 
 def _write_refinement(pair: Pair, out: Path) -> str:
-    """The film: a row for each sample, a column for each number of steps of `refine`."""
+    """A few samples on their way through `refine`, with D's map at each step of `FRAMES`."""
     draw, legend = draw_tiles(pair.codec)
     z, conditions = pair.first(STRIPS)
     seen: list[Refined] = []
-    columns = []
+    stages = []
     for steps in FRAMES:
         refined = refine(pair.generator, pair.discriminator, z, steps=steps, report=seen.append, **conditions)
         wish = wishes(pair.generator, pair.discriminator, refined, conditions)
-        columns.append((steps, draw(wish.samples, wish.covectors), wish.logits.tolist()))
-    tiles = [
-        (drawn[row], f"step {steps}: {logits[row]:+.2f}") for row in range(len(z)) for steps, drawn, logits in columns
-    ]
-    write_sheet(out / "refine.png", tiles, len(FRAMES), "samples on their way through refine, with D's logit", legend)
+        captions = [f"step {steps}: {logit:+.2g}" for logit in wish.logits.tolist()]
+        stages.append(list(zip(draw(wish.samples, wish.covectors), captions, strict=True)))
+    _write_film(out / "refine.png", stages, "samples on their way through refine, with D's logit", legend)
     moved = float((seen[-1].moved / per_sample_norm(z)).mean())
     return (
-        f"{FRAMES[-1]} steps of refine raise the logit from {seen[-1].logit_before.mean():+.2f} to "
-        f"{seen[-1].logit_after.mean():+.2f} and move the latents by {moved:.0%} of their length"
+        f"{FRAMES[-1]} steps of refine take the logit of {len(z)} samples from {seen[-1].logit_before.mean():+.2g} to "
+        f"{seen[-1].logit_after.mean():+.2g} and move the latents by {moved:.0%} of their length"
     )
+
+
+def _write_film(path: Path, stages: list[list[Captioned]], title: str, legend: tuple[str, str] | None) -> None:
+    """Samples through stages, from left to right with a row for each sample, or downwards where tiles are wide.
+
+    Args:
+        path: where the picture is to stand.
+        stages: of each stage the tiles of all samples, with their captions.
+        title, legend: see `write_sheet`.
+    """
+    wide = stages[0][0][0].width > 2 * stages[0][0][0].height
+    rows = stages if wide else [list(row) for row in zip(*stages, strict=True)]
+    write_sheet(path, [tile for row in rows for tile in row], len(rows[0]), title, legend)
 
 
 def _write_layers(pair: Pair, wish: Wish, out: Path) -> list[str]:
