@@ -93,7 +93,7 @@ def test_layers_hear_the_pulled_back_covectors(networks, latents):
     generator(z).backward(covectors / BATCH)  # g = (1/B) sum_i J_i^T c_i
     for name, layer in (("0", generator[0]), ("2", generator[2])):
         g = math.hypot(float(layer.weight.grad.norm()), float(layer.bias.grad.norm()))
-        theta = math.hypot(float(layer.weight.norm()), float(layer.bias.norm()))
+        theta = math.hypot(float(layer.weight.detach().norm()), float(layer.bias.detach().norm()))
         assert found[name] == pytest.approx((g, theta), rel=1e-9)
 
 

@@ -9,6 +9,7 @@ every loss that pairs no samples. It is a gradient: it tells what a small change
 what D looks at in the large. Both networks run in evaluation mode and stay as they are.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.nn.functional import avg_pool2d
 
 from gac_plugin.cotangent import evaluating, frozen
 from gac_plugin.errors import UsageError
@@ -36,6 +38,8 @@ from gac_plugin.training.sheets import letters, overlay, pictures, stacked, writ
 
 STRETCH = 0.05
 """Length of the change, relative to the sample, that is seen through a codec's picture."""
+NEIGHBOURS = 5
+"""Side of the square of pixels over which such a change is averaged."""
 FULL = 0.99
 """Share of a map's pixels that are below full colour."""
 FRAMES = (0, 1, 2, 4, 7, 10)
@@ -44,6 +48,10 @@ STRIPS = 4
 """Samples in the film and along training."""
 STAGES = 8
 """Checkpoints along training, at most."""
+WIDTH = 1000
+"""Pixels of all maps in a row, about."""
+UNLIKE = 0.5
+"""Maps whose rank correlation is below are taken to be different ones."""
 MOST = 64
 """Samples at most."""
 
@@ -166,7 +174,8 @@ def pixel_changes(codec: Codec, samples: Tensor, covectors: Tensor) -> Tensor:
 
         (picture(x_i + s_i c_i) - picture(x_i - s_i c_i)) / 2,   s_i = STRETCH |x_i| / |c_i|
 
-    For the spectrograms of sounds that is decibels: where D wants it louder, and where less loud.
+    For the spectrograms of sounds that is decibels: where D wants it louder, and where less loud. It is averaged over
+    neighbouring pixels: the phase of a sound makes single ones go up and down by chance.
 
     Returns:
         In [-1, 1], shape (B, H, W), positive where the picture is to be brighter, 1 from the `FULL` quantile on.
@@ -178,7 +187,7 @@ def pixel_changes(codec: Codec, samples: Tensor, covectors: Tensor) -> Tensor:
             STRETCH * per_sample_norm(samples) / per_sample_norm(covectors).clamp_min(1e-30), covectors
         )
         more, less = (codec.pictures(codec.to_stored(x)).float() for x in (samples + step, samples - step))
-        change = ((more - less) / 2).mean(dim=1)
+        change = avg_pool2d((more - less).mean(dim=1) / 2, NEIGHBOURS, stride=1, padding=NEIGHBOURS // 2)
     full = change.abs().flatten(1).quantile(FULL, dim=1).clamp_min(1e-30)
     return scale_samples(1 / full, change).clamp(-1, 1)
 
@@ -292,7 +301,8 @@ def _write_maps(pair: Pair, wish: Wish, out: Path) -> str:
     draw, legend = draw_tiles(pair.codec)
     tiles = draw(wish.samples, wish.covectors)
     captions = [f"logit {logit:+.2g}" for logit in wish.logits.tolist()]
-    columns = max(1, min(len(tiles), 1000 // tiles[0].width))
+    rows = math.ceil(len(tiles) * tiles[0].width / WIDTH)
+    columns = math.ceil(len(tiles) / rows)
     title = "what D wants changed in generated samples" if legend else "below: the letters that D would rather see"
     write_sheet(out / "maps.png", list(zip(tiles, captions, strict=True)), columns, title, legend)
     if legend is None:
@@ -418,13 +428,12 @@ def _write_layers(pair: Pair, wish: Wish, out: Path) -> list[str]:
     )
     most, least = max(relative, key=relative.__getitem__), min(relative, key=relative.__getitem__)
     _, signed, absolute = check[-1]
-    sane = abs(signed) < 0.5
-    verdict = "so they tell what D has learned" if sane else "so they tell more of the samples than of D"
+    told = "what D has learned" if abs(signed) < UNLIKE else "more of the samples than of D"
     return [
         f"relative to its parameters, G's layer {most!r} hears D most ({relative[most]:.2g}) and {least!r} least "
         f"({relative[least]:.2g}); of {heard.numel()} latent coordinates {coordinates_heard(wish.latents):.0f} hear it",
         f"with all of D's layers shuffled, the maps' rank correlation with these is {signed:+.2f} ({absolute:+.2f} "
-        f"without signs), {verdict}",
+        f"without signs), so they tell {told}",
     ]
 
 
