@@ -97,7 +97,6 @@ class Walk:
         """Whether the step to come is measured."""
         return self.is_due(self.steps + 1)
 
-    @torch.no_grad()
     def step(self, move: Callable[[], Tensor | None]) -> dict[str, Tensor]:
         """Let the optimizer make its next step.
 
@@ -115,7 +114,7 @@ class Walk:
         figures = {} if norm is None else {"norm_g": norm}
         update = list(torch._foreach_sub(points, before)) if points else []
         if due and points:
-            covectors = [point.grad for point in self._parameters() if point.grad is not None]
+            covectors = [point.grad.detach() for point in self._parameters() if point.grad is not None]
             figures = {"norm_g": _norm(covectors)} | figures | step_figures(update, self._previous, before)
         self._previous = update if leads else []
         return figures
