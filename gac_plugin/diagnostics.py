@@ -115,7 +115,8 @@ class Walk:
         update = list(torch._foreach_sub(points, before)) if points else []
         if due and points:
             covectors = [point.grad.detach() for point in self._parameters() if point.grad is not None]
-            figures = {"norm_g": _norm(covectors)} | figures | step_figures(update, self._previous, before)
+            gradient = {"norm_g": _norm(covectors)} if covectors else {}
+            figures = gradient | figures | step_figures(update, self._previous, before)
         self._previous = update if leads else []
         return figures
 

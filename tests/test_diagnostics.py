@@ -152,6 +152,17 @@ def test_a_generator_that_may_not_move_has_length_and_cosine_zero(networks, batc
     assert (float(stats["update"]), float(stats["cosine"])) == (0, 0)
 
 
+def test_an_optimizer_may_drop_the_gradients_that_it_has_used(networks, batches):
+    class Tidy(torch.optim.SGD):
+        def step(self, closure=None):
+            super().step(closure)
+            self.zero_grad()
+
+    gac = gac_of(networks, lambda p: Tidy(p, 0.1), diagnose_every=1)
+    gac.step(*batches[0])
+    assert DIAGNOSTICS - gac.step(*batches[1]).keys() == {"norm_g"}
+
+
 def test_heads_and_patch_maps_have_accuracies(networks, batches):
     class Two(nn.Module):
         def __init__(self):
