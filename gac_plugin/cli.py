@@ -1,9 +1,10 @@
-"""The command line: `gac train | sample | explain | publish | demo | info`."""
+"""The command line: `gac train | sample | evaluate | explain | publish | demo | info`."""
 
 import argparse
 import json
 import platform
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,12 @@ from gac_plugin.strategy import SCHEDULES
 from gac_plugin.train import OneLineParser
 from gac_plugin.train import add_arguments as add_train_arguments
 from gac_plugin.train import run as run_train
+from gac_plugin.training.assess import DATA_SETTINGS, RESAMPLES, assess, table
 from gac_plugin.training.card import CARD, TRAINING
-from gac_plugin.training.config import PRESETS
+from gac_plugin.training.config import PRESETS, Config, field_type
 from gac_plugin.training.data import codec_of
+from gac_plugin.training.features import FEATURES
+from gac_plugin.training.files import write_json
 from gac_plugin.training.generate import generate
 from gac_plugin.training.hub import load_generator, network_folder, read_recipe
 from gac_plugin.training.maps import explain
@@ -62,6 +66,51 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--label", type=int, metavar="N", help="class to make (default: all of them in turn)")
     sample.add_argument("--truncation", type=float, metavar="T", help="keep latents within -T and T (default: off)")
     sample.set_defaults(run=_sample)
+
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="measure a generator against real samples, and look for training samples in it",
+        description="Measure a generator against real samples, with floors and intervals, and look for training "
+        "samples among what it makes. A run is measured against its own data, and its card is brought up to date.",
+        allow_abbrev=False,
+    )
+    evaluate.add_argument("model", metavar="RUN_OR_MODEL", help="run folder, saved generator, or USER/NAME on the Hub")
+    evaluate.add_argument("--revision", metavar="REVISION", help="branch, tag or commit on the Hub (default: main)")
+    for item in fields(Config):
+        if item.name in DATA_SETTINGS:
+            kind = field_type(item.type)
+            evaluate.add_argument(
+                "--" + item.name.replace("_", "-"),
+                type=kind,
+                metavar="N" if kind is int else "NAME",
+                default=argparse.SUPPRESS,
+                help=item.metadata["help"].replace("%", "%%") + " (default: the run's)",
+            )
+    evaluate.add_argument(
+        "--features",
+        metavar="NAME",
+        help="; ".join(
+            f"{name}{':' + one.model if one.model else ''}: {one.description}" for name, one in FEATURES.items()
+        )
+        + " (default: classifier where there are labels, else pixels)",
+    )
+    evaluate.add_argument("--samples", type=int, metavar="N", help="generated samples (default: the run's, or 5000)")
+    evaluate.add_argument("--seed", type=int, metavar="N", help="seed of latents and classifier (default: the run's)")
+    evaluate.add_argument(
+        "--bootstrap",
+        type=int,
+        default=RESAMPLES,
+        metavar="N",
+        help=f"resamples for the intervals; 0 for none (default: {RESAMPLES})",
+    )
+    evaluate.add_argument(
+        "--memorisation",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="look for training samples among generated ones",
+    )
+    evaluate.add_argument("--json", metavar="FILE", help="write everything there as JSON as well")
+    evaluate.set_defaults(run=_evaluate)
 
     demo = commands.add_parser("demo", help="try a generator out on a local web page", allow_abbrev=False)
     demo.add_argument("model", metavar="RUN_OR_MODEL", help="run folder, saved generator, or USER/NAME on the Hub")
@@ -144,6 +193,23 @@ def _explain(arguments: argparse.Namespace) -> None:
     print(f"pictures in {out}")
 
 
+def _evaluate(arguments: argparse.Namespace) -> None:
+    given = vars(arguments)
+    found = assess(
+        arguments.model,
+        {name: given[name] for name in DATA_SETTINGS if name in given},
+        arguments.features,
+        arguments.samples,
+        arguments.seed,
+        arguments.bootstrap,
+        arguments.memorisation,
+        arguments.revision,
+    )
+    if arguments.json is not None:
+        write_json(Path(arguments.json), found.to_json())
+    print(table(found), end="")
+
+
 def _publish(arguments: argparse.Namespace) -> None:
     options = {name: value for name, value in vars(arguments).items() if name not in ("run", "run_folder", "repo_id")}
     done = push_to_hub(arguments.run_folder, arguments.repo_id, **options)
@@ -173,6 +239,7 @@ def _info(arguments: argparse.Namespace) -> None:
         "scores": _descriptions(SCORES),
         "rules": _descriptions(BETAS),
         "metrics": _descriptions(METRICS),
+        "features": _descriptions(FEATURES),
         "penalties": {name: str(penalty) for name, penalty in PENALTIES.items()},
         "schedules": list(SCHEDULES),
         "adapters": {name: _adapter(name) for name in adapter_names()},

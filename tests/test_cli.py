@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from gac_plugin import BETAS, LOSSES, METRICS
 from gac_plugin.cli import _parser, main
 from gac_plugin.train import main as train_main
+from gac_plugin.training.features import FEATURES
 
 ROOT = Path(__file__).parents[1]
 QUICK = ["--steps", "4", "--width", "8", "--evaluation-samples", "40", "--cpu"]
@@ -85,12 +86,50 @@ def test_samples_repeat_for_a_seed(run, tmp_path):
     assert pictures[0] == pictures[1] != pictures[2]
 
 
+def test_an_evaluation_is_a_table_and_a_file(run, tmp_path, capsys):
+    file = tmp_path / "deep" / "evaluation.json"
+    capsys.readouterr()
+    assert main(["evaluate", str(run), "--dataset", "digits", "--json", str(file), "--bootstrap", "3"]) == 0
+    out = capsys.readouterr().out
+    values = json.loads(file.read_text())
+    for title, name in (("Frechet distance", "frechet"), ("kernel distance", "kernel"), ("coverage", "coverage")):
+        figure, low, high, floor = re.search(rf"^{title} +(\S+) +(\S+) to (\S+) +(\S+)$", out, re.MULTILINE).groups()
+        shown = [float(number.replace(",", "")) for number in (figure, low, high, floor)]
+        expected = [values[name], *values["intervals"][name], values["floors"][name]]
+        assert shown == pytest.approx(expected, rel=1e-3, abs=0.5), name
+    assert re.search(r"^samples +40 generated, 360 real of 'test'$", out, re.MULTILINE)
+    assert re.search(r"^intervals +95% intervals by 3 half-samples", out, re.MULTILINE)
+    assert values["memorisation"]["verdict"] in out
+    assert main(["evaluate", str(run), "--bootstrap", "0", "--no-memorisation", "--features", "pixels"]) == 0
+    out = capsys.readouterr().out
+    assert "interval" not in out
+    assert "memorisation" not in out
+    assert re.search(r"^features +64 principal components", out, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere"], "no generator in 'nowhere'"),
+        (["RUN", "--features", "fid"], "unknown features 'fid'.*; choose one of: classifier, pixels, timm, inception"),
+        (["RUN", "--samples", "7"], r"--samples must be at least 8 and below 2\^32, got 7"),
+        (["RUN", "--bootstrap", "-1"], r"--bootstrap must be at least 0 and below 2\^32, got -1"),
+        (["RUN", "--test-split", "nosuch"], "has no split 'nosuch'; it has: train, test"),
+        (["RUN", "--test-split", "test[:5]"], r"5 samples in split 'test\[:5\]' are too few to evaluate against"),
+    ],
+)
+def test_an_evaluating_mistake_is_one_line(run, capsys, arguments, message):
+    assert main(["evaluate", *(str(run) if argument == "RUN" else argument for argument in arguments)]) == 2
+    assert re.fullmatch(rf"gac: error: .*{message}.*\n", _err(capsys))
+
+
 def test_info_lists_every_table(capsys):
     assert main(["info", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert set(facts["losses"]) == set(LOSSES)
     assert set(facts["rules"]) == set(BETAS)
     assert set(facts["metrics"]) == set(METRICS)
+    assert set(facts["features"]) == set(FEATURES)
     assert {"mlp", "dcgan"} <= set(facts["adapters"])
     assert torch.__version__.startswith(facts["versions"]["torch"])
     assert facts["devices"][0].startswith("cpu")

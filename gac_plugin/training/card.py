@@ -27,9 +27,12 @@ from gac_plugin.training.data import codec_of
 from gac_plugin.training.files import write_whole
 from gac_plugin.training.generate import generate
 from gac_plugin.training.hub import RECIPE, WEIGHTS, read_recipe
+from gac_plugin.training.measures import MEASURES
 from gac_plugin.training.networks import GROUP, Recipe, find_adapter
 
 CARD, PICTURE, EVALUATION, METRICS = "README.md", "samples.png", "evaluation.json", "metrics.jsonl"
+MEMORISATION, PAIRS_PICTURE = "memorisation.json", "memorisation.png"
+"""What `gac evaluate` leaves in a run, beside its evaluation."""
 TRAINING = "training.json"
 """The settings of the run, where they are published: its `config.json`, a name which the network's own has."""
 PLACEHOLDER = "USER/NAME"
@@ -101,7 +104,9 @@ def model_card(
         UsageError: a file of the run cannot be read.
     """
     settings, recipe = {**Config().to_json(), **read_config(run / RECIPE)}, read_recipe(run / "generator")
-    evaluation = read_config(run / EVALUATION) if (run / EVALUATION).is_file() else {}
+    evaluation, memorisation = (
+        read_config(run / name) if (run / name).is_file() else {} for name in (EVALUATION, MEMORISATION)
+    )
     kind = kind_of(recipe)
     data = _metadata(run, settings, recipe, evaluation, repo_id, license)
     sections = {
@@ -110,7 +115,7 @@ def model_card(
         "## What it was trained on": _data_set(run, settings),
         "## How it was trained": _training(run, settings, training),
         "## Figures": _figures(evaluation),
-        "## Limitations": _limitations(kind),
+        "## Limitations": _limitations(kind, memorisation),
         "## Licence": _licence(license),
     }
     body = "\n\n".join(f"{title}\n\n{text}" for title, text in sections.items())
@@ -186,6 +191,7 @@ def _results(run: Path, settings: Mapping[str, Any], evaluation: Mapping[str, An
             task_type=kind.task,
             dataset_type=hub_data_set(run, settings["dataset"]) or data_set_name(run, settings["dataset"]).lower(),
             dataset_name=data_set_name(run, settings["dataset"]),
+            dataset_split=evaluation.get("split"),
             metric_type="frechet_distance" if name == "frechet" else name,
             metric_name=f"{named[name]} in {evaluation['features']}",
             metric_value=round(value, 4),
@@ -286,34 +292,50 @@ def steps_taken(run: Path, settings: Mapping[str, Any]) -> int:
 def _figures(evaluation: Mapping[str, Any]) -> str:
     if not evaluation:
         return "None were taken."
+    floors, intervals = evaluation.get("floors", {}), evaluation.get("intervals", {})
     about = {
+        **{name: (one.title, one.meaning) for name, one in MEASURES.items()},
         "frechet": ("Frechet distance, lower is better", f"two halves of the real samples: {evaluation['floor']:.2f}"),
-        "precision": ("precision", "share of generated samples near a real one"),
-        "recall": ("recall", "share of real samples near a generated one"),
         "recognised": ("recognised", f"the same of real samples: {evaluation.get('recognised_real', math.nan):.3f}"),
+        "d_gap": ("D's gap", "its mean logit on training samples minus on held-out ones"),
     }
-    apart = ("features", "floor", "real_samples", "generated_samples", "recognised_real")
-    rows = [
-        (*about.get(name, (name.replace("_", " "), "")), f"{value:.2f}" if name == "frechet" else f"{value:.3f}")
-        for name, value in evaluation.items()
-        if name not in apart
-    ]
-    table = "\n".join(f"| {name} | {value} | {note} |" for name, note, value in rows)
-    return (
-        f"| figure | value | to judge it |\n|---|---|---|\n{table}\n\n"
-        f"Distances are taken in {evaluation['features']}, between {evaluation['generated_samples']:,} generated "
-        f"samples and {evaluation['real_samples']:,} real ones. They depend on the features and on both numbers, so "
-        "they compare with figures taken in the same way alone; this is not the FID of the literature."
+    apart = (
+        *("features", "split", "floor", "floors", "real_samples", "generated_samples", "recognised_real"),
+        *("intervals", "interval_method", "resamples"),
+    )
+    rows = []
+    for name, value in evaluation.items():
+        if name in apart:
+            continue
+        title, note = about.get(name, (name.replace("_", " "), ""))
+        if name in floors and name != "frechet":
+            note += f"; two halves of the real samples: {floors[name]:.3f}"
+        digits = 2 if name == "frechet" else 3
+        cells = [title, f"{value:.{digits}f}", note]
+        if intervals:
+            cells.append(" to ".join(f"{edge:.{digits}f}" for edge in intervals.get(name, [])))
+        rows.append(f"| {' | '.join(cells)} |")
+    titles = ["figure", "value", "to judge it", *(["95% interval"] if intervals else [])]
+    lines = [f"| {' | '.join(titles)} |", f"|{'---|' * len(titles)}", *rows]
+    sure = f" {evaluation['interval_method']}." if intervals else ""
+    split = f" of split `{evaluation['split']}`" if "split" in evaluation else ""
+    return "\n".join(lines) + (
+        f"\n\nDistances are taken in {evaluation['features']}, between {evaluation['generated_samples']:,} generated "
+        f"samples and {evaluation['real_samples']:,} real ones{split}.{sure} They depend on the features and on both "
+        "numbers, so they compare with figures taken in the same way alone; this is not the FID of the literature."
     )
 
 
-def _limitations(kind: Kind) -> str:
+def _limitations(kind: Kind, memorisation: Mapping[str, Any]) -> str:
+    copies = "Whether single training samples come back from it was not examined."
+    if memorisation:
+        copies = f"Whether single training samples come back from it: {memorisation['verdict']}."
     return (
         f"- It makes {kind.samples} like those of its data set and no others, with the gaps, errors and biases that "
         "those have.\n"
         "- A generative adversarial network can leave out rare kinds of samples; recall, where it was measured, tells "
         "how many it reaches.\n"
-        "- Whether single training samples come back from it was not examined.\n"
+        f"- {copies}\n"
         "- It comes from one run with one seed."
     )
 

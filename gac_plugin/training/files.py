@@ -140,7 +140,7 @@ def clear_run(folder: Path) -> None:
     """Take away the files of a run that stands in the folder; anything else in it is never touched."""
     for part in PARTS:
         shutil.rmtree(folder / part, ignore_errors=True)
-    for part in ("metrics.jsonl", "evaluation.json", MARK):
+    for part in ("metrics.jsonl", "evaluation.json", "memorisation.json", "memorisation.png", MARK):
         (folder / part).unlink(missing_ok=True)
     sweep_run(folder)
 

@@ -21,18 +21,18 @@ from tqdm.auto import tqdm
 
 from gac_plugin.errors import UsageError
 from gac_plugin.strategy import Stats
-from gac_plugin.training.card import write_card
+from gac_plugin.training.card import kind_of, write_card
 from gac_plugin.training.checkpoint import Checkpoint, Checkpoints, Stateful, newest_intact, read_checkpoint
 from gac_plugin.training.config import FEWEST_TO_EVALUATE, Config
 from gac_plugin.training.data import Data, load_data
-from gac_plugin.training.evaluate import Evaluation, Features, evaluate, make_features
+from gac_plugin.training.evaluate import Evaluation, Features, evaluate, generated_samples, make_features
 from gac_plugin.training.feed import Batch, Feed
 from gac_plugin.training.files import next_run, run_folder, write_json
 from gac_plugin.training.game import Game
-from gac_plugin.training.generate import generate
 from gac_plugin.training.health import Health
 from gac_plugin.training.hub import save_network
 from gac_plugin.training.journal import GRID, METRICS, Journal, tracker_names
+from gac_plugin.training.memorisation import discriminator_gap
 from gac_plugin.training.networks import Recipe, choose_recipe
 from gac_plugin.training.processes import everyones, from_main, main_only, require_one_run, together
 from gac_plugin.training.random_states import RandomStates
@@ -317,18 +317,20 @@ class _Run:
         if self.evaluation is None or self.evaluation[0] != self.step:
             config, device = self.config, self.accelerator.device
             train, test = self.feed.known(), self.data.test
+            pictures = self._pictures(test)
             if self.features is None:
-                self.features = make_features(self._pictures(train), self._pictures(test), config.seed, device)
-            count, network = config.evaluation_samples, self.game.average.network
-            labels = None
-            if self.recipe.classes and (known := self.feed.labels) is not None:  # as often as in the data
-                draw = torch.Generator().manual_seed(config.seed)
-                labels = known[torch.randint(len(known), (count,), generator=draw)]
-            stored = generate(network, self.recipe, count, config.seed, device, labels)
+                samples = kind_of(self.recipe).samples
+                self.features = make_features(self._pictures(train), pictures, config.seed, device, samples=samples)
+            network, conditional = self.game.average.network, bool(self.recipe.classes)
+            stored, labels = generated_samples(
+                network, self.recipe, self.feed.labels, config.evaluation_samples, config.seed, device
+            )
             seen = self.data.train.values if isinstance(self.data.train, Decoded) else train.values
             figures = self.codec.figures(seen.cpu(), test.values.cpu(), stored.cpu())
-            real, generated = self._pictures(test).values.to(device), self.codec.pictures(stored)
-            self.evaluation = self.step, evaluate(self.features, real, generated, labels, figures)
+            real, generated = pictures.values.to(device), self.codec.pictures(stored)
+            found = evaluate(self.features, real, generated, labels, figures, test.split)
+            gap = discriminator_gap(self.game.discriminator, self.codec, train, test, device, conditional)
+            self.evaluation = self.step, replace(found, d_gap=gap)
         return self.evaluation[1]
 
     def _pictures(self, stored: Decoded) -> Decoded:
