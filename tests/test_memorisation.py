@@ -141,6 +141,8 @@ def test_samples_that_stand_in_both_splits_are_not_taken_for_copies():
     assert found.closer == pytest.approx(1 / 3)
     assert found.closer_null[0] < 1 / 3 < found.closer_null[1]
     assert not found.memorises
+    found, _ = memorisation(PIXELS, words, held_out, words[:50])
+    assert 0.3 < found.copied < 0.7, "those that stand in both splits are nearest to either"
 
 
 def test_neighbours_are_found_and_oneself_is_none():
@@ -166,7 +168,7 @@ def test_the_closest_pairs_are_drawn_above_each_other(tmp_path):
             assert np.array_equal(tile, pixels[numbers[column], 0].numpy())
 
 
-def test_a_healthy_run_is_not_taken_for_a_memoriser(tmp_path, capsys):
+def test_a_healthy_run_is_not_taken_for_a_memoriser(tmp_path):
     train(Config(steps=300, evaluation_samples=500, output_dir=str(tmp_path / "run"), cpu=True))
     found = assess(tmp_path / "run", resamples=0).memorisation
     assert not found.memorises
@@ -176,8 +178,9 @@ def test_a_healthy_run_is_not_taken_for_a_memoriser(tmp_path, capsys):
     assert written["features"] == "64 principal components of the pixels in [0, 1]"
     assert (tmp_path / "run" / "memorisation.png").is_file()
     assert found.verdict in (tmp_path / "run" / "generator" / "README.md").read_text()
-    train(Config(steps=1, evaluation_samples=0, output_dir=str(tmp_path / "run"), overwrite=True, cpu=True))
-    assert not list((tmp_path / "run").glob("memorisation.*"))
+    train(Config(steps=301, evaluation_samples=0, output_dir=str(tmp_path / "run"), resume="auto", cpu=True))
+    assert not list((tmp_path / "run").glob("memorisation.*")), "the generator is another one now"
+    assert "was not examined" in (tmp_path / "run" / "generator" / "README.md").read_text()
 
 
 def test_without_held_out_samples_nothing_is_said_of_copies(tmp_path):

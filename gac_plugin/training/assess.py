@@ -93,13 +93,7 @@ def assess(
         UsageError: there is no such model, no data set is named, or its samples are not of the generator's kind; too
             few samples; see also `load_data` and `make_features`.
     """
-    for flag, value, least in (
-        ("--samples", samples, FEWEST_TO_EVALUATE),
-        ("--seed", seed, 0),
-        ("--bootstrap", resamples, 0),
-    ):
-        if value is not None and not least <= value < 2**32:
-            raise UsageError(f"{flag} must be at least {least} and below 2^32, got {value}")
+    _require_numbers(samples, seed, resamples)
     kind = None if features is None else find_kind(features)[0]
     folder = network_folder(model, "generator", revision)
     recipe = read_recipe(folder)
@@ -114,43 +108,43 @@ def assess(
     real = _load_real(config, recipe, codec, device)
     generator = load_generator(folder).to(device)
     stored, labels = generated_samples(generator, recipe, real.labels, count, seed, device)
-    pictures = codec.pictures(stored)
+    pictures, test = codec.pictures(stored), real.test_pictures.values.to(device)
 
     def named(name: str | None) -> Features:
         few = sample(real.train_pictures, KNOWN)
         return make_features(few, real.test_pictures, seed, device, name, kind_of(recipe).samples)
 
     space = named(features)
-    evaluation = evaluate(
-        space,
-        real.test_pictures.values.to(device),
-        pictures,
-        labels,
-        codec.figures(real.train.values.cpu(), real.test.values.cpu(), stored.cpu()),
-        real.test.split,
-        resamples,
-        seed,
-    )
-    finding, pairs = None, None
+    figures = codec.figures(real.train.values.cpu(), real.test.values.cpu(), stored.cpu())
+    evaluation = evaluate(space, test, pictures, labels, figures, real.test.split, resamples, seed)
+    copies = None
     if memorise and real.held_out:
-        unseen = space if kind is not None and not kind.learned else named("pixels")
-        finding, pairs = memorisation(
-            unseen, real.train_pictures.values, real.test_pictures.values.to(device), pictures
-        )
+        unseen = named("pixels") if kind is None or kind.learned else space
+        copies = memorisation(unseen, real.train_pictures.values.to(device), test, pictures)
+    finding = copies[0] if copies else None
     if run is None or data or features is not None:
         return Assessment(evaluation, finding, None)
 
     if (run / "discriminator" / WEIGHTS).is_file():
-        gap = discriminator_gap(
-            load_discriminator(run).to(device), codec, real.train, real.test, device, bool(recipe.classes)
-        )
+        discriminator = load_discriminator(run).to(device)
+        gap = discriminator_gap(discriminator, codec, real.train, real.test, device, bool(recipe.classes))
         evaluation = replace(evaluation, d_gap=gap)
     write_json(run / EVALUATION, evaluation.to_json())
-    if finding is not None and pairs is not None:
-        write_json(run / MEMORISATION, finding.to_json())
-        draw_pairs(run / PAIRS_PICTURE, pictures, real.train_pictures.values, pairs)
+    if copies:
+        write_json(run / MEMORISATION, copies[0].to_json())
+        draw_pairs(run / PAIRS_PICTURE, pictures, real.train_pictures.values, copies[1])
     write_card(run, generator, recipe, device)
     return Assessment(evaluation, finding, run)
+
+
+def _require_numbers(samples: int | None, seed: int | None, resamples: int) -> None:
+    for flag, value, least in (
+        ("--samples", samples, FEWEST_TO_EVALUATE),
+        ("--seed", seed, 0),
+        ("--bootstrap", resamples, 0),
+    ):
+        if value is not None and not least <= value < 2**32:
+            raise UsageError(f"{flag} must be at least {least} and below 2^32, got {value}")
 
 
 def _config(model: str, run: Path | None, recipe: Recipe, data: Mapping[str, Any]) -> Config:
@@ -218,9 +212,8 @@ def table(assessment: Assessment) -> str:
         )
         notes.append(("", f"in {finding.features}, among {finding.training_samples:,} training samples"))
     if assessment.written is not None:
-        notes.append(
-            ("written", f"{assessment.written}/{{{EVALUATION}, {MEMORISATION}, {PAIRS_PICTURE}}}, and the card")
-        )
+        files = (EVALUATION, MEMORISATION, PAIRS_PICTURE) if assessment.memorisation else (EVALUATION,)
+        notes.append(("written", f"{', '.join(files)} and the card in {assessment.written}"))
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     width = max(len(name) for name, _ in notes)

@@ -140,13 +140,15 @@ def clear_run(folder: Path) -> None:
     """Take away the files of a run that stands in the folder; anything else in it is never touched."""
     for part in PARTS:
         shutil.rmtree(folder / part, ignore_errors=True)
-    for part in ("metrics.jsonl", "evaluation.json", "memorisation.json", "memorisation.png", MARK):
+    for part in ("metrics.jsonl", "evaluation.json", MARK):
         (folder / part).unlink(missing_ok=True)
     sweep_run(folder)
 
 
 def sweep_run(folder: Path) -> None:
-    """Take away what a process that was killed has left half-written in the folder of its run."""
+    """Take away what a process that was killed has left half-written, and what was found of an earlier generator."""
+    for part in ("memorisation.json", "memorisation.png"):
+        (folder / part).unlink(missing_ok=True)
     for place in (folder, *(folder / part for part in PARTS)):
         for path in place.glob(".*"):
             if HALF_WRITTEN.fullmatch(path.name) and path.is_file():
