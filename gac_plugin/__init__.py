@@ -6,7 +6,7 @@ from gac_plugin.errors import UsageError
 from gac_plugin.losses import LOSSES, SCORES, Loss, Score
 from gac_plugin.metric import METRICS, Diagonal, Identity, Metric, Sharp, Spectral
 from gac_plugin.penalties import PENALTIES, GradientPenalty
-from gac_plugin.refine import Refined, refine
+from gac_plugin.refine import REFINEMENTS, Refined, Refinement, refine
 from gac_plugin.strategy import GAC
 
 __version__ = "0.1.0"
@@ -17,6 +17,7 @@ __all__ = [
     "LOSSES",
     "METRICS",
     "PENALTIES",
+    "REFINEMENTS",
     "SCORES",
     "BetaRule",
     "ConjugateGradient",
@@ -27,6 +28,7 @@ __all__ = [
     "Loss",
     "Metric",
     "Refined",
+    "Refinement",
     "Score",
     "Sharp",
     "Spectral",

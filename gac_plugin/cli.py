@@ -1,7 +1,8 @@
-"""The command line: `gac train | sample | evaluate | explain | publish | demo | info`."""
+"""The command line: `gac train | sample | refine | evaluate | explain | publish | demo | info`."""
 
 import argparse
 import json
+import math
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
@@ -11,7 +12,17 @@ from typing import Any
 
 import torch
 
-from gac_plugin import BETAS, LOSSES, METRICS, PENALTIES, SCORES, __version__
+from gac_plugin import (
+    BETAS,
+    LOSSES,
+    METRICS,
+    PENALTIES,
+    REFINEMENTS,
+    SCORES,
+    Refined,
+    __version__,
+    refine,
+)
 from gac_plugin.demo import launch
 from gac_plugin.errors import UsageError, exit_code
 from gac_plugin.strategy import SCHEDULES
@@ -24,13 +35,14 @@ from gac_plugin.training.config import PRESETS, Config, field_type
 from gac_plugin.training.data import codec_of
 from gac_plugin.training.features import FEATURES
 from gac_plugin.training.files import write_json
-from gac_plugin.training.generate import generate
-from gac_plugin.training.hub import load_generator, network_folder, read_recipe
+from gac_plugin.training.generate import GENERATION_BATCH, class_labels, draw_latents, generate
+from gac_plugin.training.hub import load_discriminator, load_generator, network_folder, read_recipe
 from gac_plugin.training.maps import explain
-from gac_plugin.training.networks import adapter_names, adapter_options, find_adapter
+from gac_plugin.training.networks import Recipe, adapter_names, adapter_options, find_adapter
 from gac_plugin.training.publish import described, push_to_hub
 
-MOST_SAMPLES = 100_000
+MOST_SAMPLES, MOST_STEPS = 100_000, 10_000
+SPACES = ("latent", "sample")
 LIBRARIES = ("torch", "accelerate", "datasets", "timm", "safetensors", "huggingface_hub", "numpy", "pillow")
 
 
@@ -112,6 +124,29 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--json", metavar="FILE", help="write everything there as JSON as well")
     evaluate.set_defaults(run=_evaluate)
 
+    refined = commands.add_parser(
+        "refine",
+        help="write samples moved to where the discriminator finds them more real",
+        description="Write samples moved to where the discriminator finds them more real; both networks are held.",
+        allow_abbrev=False,
+    )
+    refined.add_argument(
+        "model", metavar="RUN_OR_MODEL", help="run folder, or USER/NAME published with --discriminator"
+    )
+    refined.add_argument("--revision", metavar="REVISION", help="branch, tag or commit on the Hub (default: main)")
+    refined.add_argument("--steps", type=int, default=10, metavar="K", help="gradients of D (default: 10)")
+    refined.add_argument("--n", type=int, default=64, metavar="N", help="how many samples (default: 64)")
+    refined.add_argument("--out", metavar="FILE", help="file to write (default: refined.png, or what suits the data)")
+    refined.add_argument("--compare", action="store_true", help="write each sample before and after, side by side")
+    refined.add_argument("--seed", type=int, default=0, metavar="N", help="seed of latents and noise (default: 0)")
+    refined.add_argument("--label", type=int, metavar="N", help="class to make (default: all of them in turn)")
+    refined.add_argument("--method", default="conjugate", metavar="NAME", help=f"{', '.join(REFINEMENTS)} (gac info)")
+    refined.add_argument("--rate", type=float, metavar="X", help="step length (default: the method's)")
+    refined.add_argument("--prior", type=float, metavar="X", help="weight of the latents' log-prior (the method's)")
+    refined.add_argument("--rule", metavar="NAME", help="conjugacy rule of the methods that climb (the method's)")
+    refined.add_argument("--space", choices=SPACES, default="latent", help="what moves (default: latent)")
+    refined.set_defaults(run=_refine)
+
     demo = commands.add_parser("demo", help="try a generator out on a local web page", allow_abbrev=False)
     demo.add_argument("model", metavar="RUN_OR_MODEL", help="run folder, saved generator, or USER/NAME on the Hub")
     demo.add_argument("--revision", metavar="REVISION", help="branch, tag or commit on the Hub (default: main)")
@@ -161,28 +196,13 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _sample(arguments: argparse.Namespace) -> None:
-    for name, value, least, most in (
-        ("--n", arguments.n, 1, MOST_SAMPLES),
-        ("--columns", 1 if arguments.columns is None else arguments.columns, 1, MOST_SAMPLES),
-        ("--seed", arguments.seed, 0, 2**32 - 1),
-    ):
-        if not least <= value <= most:
-            raise UsageError(f"{name} must be between {least} and {most}, got {value}")
-    folder = network_folder(arguments.model, "generator", arguments.revision)
-    recipe = read_recipe(folder)
-    codec = codec_of(recipe)
-    out = Path(arguments.out or f"samples{codec.suffixes[0]}")
-    if out.suffix.lower() not in codec.suffixes:
-        raise UsageError(f"--out must end in one of {', '.join(codec.suffixes)}; got {arguments.out!r}")
-    labels = None
-    if arguments.label is not None:
-        if not 0 <= arguments.label < recipe.classes:
-            known = f"has the classes 0 to {recipe.classes - 1}" if recipe.classes else "was trained without classes"
-            raise UsageError(f"--label {arguments.label} does not fit: the generator {known}")
-        labels = torch.full((arguments.n,), arguments.label)
+    columns = arguments.columns
+    _require_between("--columns", 1 if columns is None else columns, 1, MOST_SAMPLES)
+    folder, recipe, out = _asked_for(arguments, "samples")
+    labels = None if arguments.label is None else class_labels(recipe, arguments.n, arguments.label)
     generator, truncation = load_generator(folder), arguments.truncation
     stored = generate(generator, recipe, arguments.n, arguments.seed, labels=labels, truncation=truncation)
-    codec.write(out, stored, min(arguments.columns, arguments.n) if arguments.columns else None)
+    codec_of(recipe).write(out, stored, min(columns, arguments.n) if columns else None)
     print(f"{arguments.n} samples in {out}")
 
 
@@ -208,6 +228,71 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     if arguments.json is not None:
         write_json(Path(arguments.json), found.to_json())
     print(table(found), end="")
+
+
+def _refine(arguments: argparse.Namespace) -> None:
+    _require_between("--steps", arguments.steps, 0, MOST_STEPS)
+    folder, recipe, out = _asked_for(arguments, "refined")
+    judge = network_folder(arguments.model, "discriminator", arguments.revision)
+    if judge == folder:
+        raise UsageError(
+            f"no discriminator in {arguments.model!r}, and refinement needs one: name the run folder itself, or a "
+            "model that was published with --discriminator"
+        )
+    generator, discriminator, codec = load_generator(folder), load_discriminator(judge), codec_of(recipe)
+    latents, labels = (
+        draw_latents(recipe, arguments.n, arguments.seed),
+        class_labels(recipe, arguments.n, arguments.label),
+    )
+    options = {name: getattr(arguments, name) for name in ("steps", "method", "rate", "prior", "rule")}
+    random, reports = torch.Generator().manual_seed(arguments.seed), list[Refined]()
+    before, after = [], []
+    for rows in torch.arange(arguments.n).split(GENERATION_BATCH):
+        conditions: dict[str, Any] = {} if labels is None else {"labels": labels[rows]}
+        further = {**options, **conditions, "random": random, "report": reports.append}
+        with torch.no_grad():
+            before.append(generator(latents[rows], **conditions))
+            if arguments.space == "sample":
+                after.append(refine(None, discriminator, before[-1], **further))
+            else:
+                after.append(generator(refine(generator, discriminator, latents[rows], **further), **conditions))
+    first, last = codec.to_stored(torch.cat(before)), torch.cat(after)
+    if not last.isfinite().all():
+        raise UsageError("the samples are not finite any more, the steps were too long: pass a smaller --rate")
+    if arguments.compare:
+        pairs = torch.stack([first, codec.to_stored(last)], dim=1).flatten(0, 1)
+        codec.write(out, pairs, 2 * math.ceil(math.sqrt(arguments.n / 2)))
+    else:
+        codec.write(out, codec.to_stored(last))
+    was, now, moved = (
+        torch.cat([getattr(report, name) for report in reports]).mean().item()
+        for name in ("logit_before", "logit_after", "moved")
+    )
+    print(
+        f"{arguments.n} samples in {out}: mean logit {was:.3f} -> {now:.3f}, {arguments.space}s moved {moved:.3f} in "
+        f"the mean, {reports[0].evaluations} evaluations of D's gradient"
+    )
+
+
+def _asked_for(arguments: argparse.Namespace, name: str) -> tuple[Path, Recipe, Path]:
+    """The generator's folder, its recipe and the file to write, after a look at the options about samples."""
+    _require_between("--n", arguments.n, 1, MOST_SAMPLES)
+    _require_between("--seed", arguments.seed, 0, 2**32 - 1)
+    folder = network_folder(arguments.model, "generator", arguments.revision)
+    recipe = read_recipe(folder)
+    suffixes = codec_of(recipe).suffixes
+    out = Path(arguments.out or f"{name}{suffixes[0]}")
+    if out.suffix.lower() not in suffixes:
+        raise UsageError(f"--out must end in one of {', '.join(suffixes)}; got {arguments.out!r}")
+    if arguments.label is not None and not 0 <= arguments.label < recipe.classes:
+        known = f"has the classes 0 to {recipe.classes - 1}" if recipe.classes else "was trained without classes"
+        raise UsageError(f"--label {arguments.label} does not fit: the generator {known}")
+    return folder, recipe, out
+
+
+def _require_between(name: str, value: int, least: int, most: int) -> None:
+    if not least <= value <= most:
+        raise UsageError(f"{name} must be between {least} and {most}, got {value}")
 
 
 def _publish(arguments: argparse.Namespace) -> None:
@@ -240,6 +325,7 @@ def _info(arguments: argparse.Namespace) -> None:
         "rules": _descriptions(BETAS),
         "metrics": _descriptions(METRICS),
         "features": _descriptions(FEATURES),
+        "refinements": _descriptions(REFINEMENTS),
         "penalties": {name: str(penalty) for name, penalty in PENALTIES.items()},
         "schedules": list(SCHEDULES),
         "adapters": {name: _adapter(name) for name in adapter_names()},

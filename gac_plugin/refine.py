@@ -1,10 +1,10 @@
-"""Refinement after training: conjugate ascent of samples or latents along the discriminator, per sample.
+"""Refinement after training: samples or latents are moved to where the discriminator finds them more real.
 
-    h(z) = l(D(G(z))) - prior/2 ||z||^2        z <- z + rate d,   d = grad h + beta d_previous
+    h(z) = s(l(D(G(z)))) - prior/2 ||z||^2 - proximity/2 ||z - z_0||^2
 
 With z the only unknown and both networks held, the objective is fixed, which is where conjugacy is well defined. For
-prior = 1 and an optimal D, h is the log density of the latents whose samples look like the data, up to a constant
-(Che et al. 2020).
+s = l, prior = 1, proximity = 0 and an optimal D, h is the log density of the latents whose samples look like the data,
+up to a constant (Che et al. 2020). The methods in `REFINEMENTS` differ in h and in how they move.
 """
 
 import math
@@ -14,14 +14,89 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import softplus
 
-from gac_plugin.betas import BETAS, BetaRule, InnerProducts, conjugate_beta
+from gac_plugin.betas import BETAS, BetaRule
+from gac_plugin.climb import Hill, Stride, Walked, climb, flow
 from gac_plugin.cotangent import evaluating, frozen
 from gac_plugin.errors import UsageError, resolve
+from gac_plugin.losses import SCORES, Score
 from gac_plugin.protocols import Logits
-from gac_plugin.tensors import per_sample_inner, per_sample_mean, per_sample_norm, scale_samples
+from gac_plugin.tensors import per_sample_norm
 
 LATENT_PRIOR = 0.3
+
+
+@dataclass(frozen=True)
+class Refinement:
+    """A method of refinement: what it climbs, and how.
+
+    Attributes:
+        name: its key in `REFINEMENTS`.
+        walk: `climb` or `flow`.
+        description: one line with its source.
+        score: s, what of the logit it climbs.
+        prior: weight of the standard normal log-prior of latents; samples have none.
+        proximity: weight of staying near the start.
+        rate: step length.
+        rule: name of the conjugacy rule, for `climb`.
+        noise: temperature, for `flow`.
+        samples: whether it is defined where samples move directly.
+    """
+
+    name: str
+    walk: Callable[[Hill, Stride], Walked]
+    description: str
+    score: Score = SCORES["logit"]
+    prior: float = 0.0
+    proximity: float = 0.0
+    rate: float = 0.01
+    rule: str = "none"
+    noise: float = 0.0
+    samples: bool = True
+
+
+SATURATING = Score("saturating", softplus, "-log(1 - D); w = D")
+
+REFINEMENTS: dict[str, Refinement] = {
+    method.name: method
+    for method in (
+        Refinement(
+            "conjugate",
+            climb,
+            "ascent along conjugate directions; a step that lowers h is halved",
+            prior=LATENT_PRIOR,
+            rule="fr",
+        ),
+        Refinement("gradient", climb, "the same along the gradient alone", prior=LATENT_PRIOR),
+        Refinement(
+            "langevin",
+            flow,
+            "DDLS: samples the latents of density p(z) exp(l); steps of eps = 2 rate (Che et al. 2020)",
+            prior=1.0,
+            rate=0.005,
+            noise=1.0,
+            samples=False,
+        ),
+        Refinement("dgflow-kl", flow, "DGflow of the KL divergence: w = 1 (Ansari et al. 2021)", rate=0.1, noise=0.01),
+        Refinement(
+            "dgflow-js",
+            flow,
+            "DGflow of the Jensen-Shannon divergence: w = D (Ansari et al. 2021)",
+            score=SATURATING,
+            rate=0.1,
+            noise=0.01,
+        ),
+        Refinement(
+            "dgflow-logd",
+            flow,
+            "DGflow of the log D divergence: w = 1 - D (Ansari et al. 2021)",
+            score=SCORES["log_d"],
+            rate=0.1,
+            noise=0.01,
+        ),
+    )
+}
 
 
 @dataclass(frozen=True)
@@ -45,103 +120,108 @@ def refine(
     discriminator: nn.Module,
     z: Tensor,
     steps: int = 10,
-    rate: float = 0.01,
+    rate: float | None = None,
     prior: float | None = None,
-    rule: str | BetaRule = "fr",
+    rule: str | BetaRule | None = None,
     beta_max: float = 1.0,
     output: str = "logit",
     logits: Callable[[Any], Tensor] | None = None,
     report: Callable[[Refined], None] | None = None,
+    *,
+    method: str | Refinement = "conjugate",
+    score: str | Score | None = None,
+    proximity: float | None = None,
+    noise: float | None = None,
+    random: torch.Generator | None = None,
     **conditions: Any,
 ) -> Tensor:
     """Move latents, or samples, to where the discriminator finds them more real.
 
-    Each sample has its own direction, beta and step length. A step that would lower its h is not taken: the step length
-    is halved and the direction restarts from the gradient, so h never falls. Parameters and buffers of both networks
-    stay as they are, and they run in evaluation mode. Nothing is random.
+    By default by conjugate ascent, in which each sample has its own direction, beta and step length, and its h never
+    falls. Parameters and buffers of both networks stay as they are, and they run in evaluation mode. None stands for
+    the method's own value. Only methods with noise draw numbers.
 
     Args:
         generator: latents (and conditions) -> samples; None to move samples directly.
         discriminator: samples (and conditions) -> logits; see `output` and `logits`.
         z: latents, or samples where `generator` is None; shape (B, ...), floating point. Not changed.
-        steps: number of iterations, at least 0.
+        steps: number of iterations, at least 0. Every method takes one gradient of D for each.
         rate: first step length along d, positive.
-        prior: weight of the standard normal log-prior; None means 0.3 for latents and 0 for samples. Ascent seeks the
-            mode: more steps, longer ones or a larger weight trade variety (recall) for typical samples (precision).
-        rule: a name in `BETAS` or a `BetaRule`; "none" is plain gradient ascent. With steps of a fixed length
-            instead of a line search, "pr+" hardly ever differs from it, and "fr" climbs far faster.
+        prior: weight of the standard normal log-prior; None means 0 for samples. Ascent seeks the mode: more steps,
+            longer ones or a larger weight trade variety (recall) for typical samples (precision).
+        rule: a name in `BETAS` or a `BetaRule`, for the methods that climb; "none" is plain gradient ascent. With steps
+            of a fixed length instead of a line search, "pr+" hardly ever differs from it, and "fr" climbs far faster.
         beta_max: bound on |beta|.
         output: "logit", or "probability" for a discriminator that ends in a sigmoid.
         logits: picks the logits out of what the discriminator returns.
         report: called at the end with a `Refined`, which says how far each sample moved.
+        method: a name in `REFINEMENTS` or a `Refinement`.
+        score: a name in `SCORES` or a `Score`: what of the logit is climbed.
+        proximity: weight of staying near the start. With it h has a maximum nearby: more steps come closer to it
+            instead of moving on.
+        noise: temperature, at least 0, for the methods that flow.
+        random: where the draws come from, which makes them repeatable; None for torch's own generator.
         conditions: passed to both networks by keyword.
 
     Returns:
         The refined latents or samples, of the shape of `z`.
 
     Raises:
-        UsageError: an argument is out of range, or unknown.
+        UsageError: an argument is out of range, unknown, or not for the method.
     """
-    rule = resolve(rule, BETAS, "rule")
-    if steps < 0 or not 0 < rate < math.inf or not beta_max >= 0 or not math.isfinite(prior or 0.0):
-        raise UsageError(
-            "refine needs steps of at least 0, beta_max of at least 0, a finite prior and a positive rate, "
-            f"got steps={steps}, rate={rate}, beta_max={beta_max}, prior={prior}"
-        )
+    method = resolve(method, REFINEMENTS, "method")
+    _require_fitting(method, generator, rule, noise)
+    weight = prior if prior is not None else (0.0 if generator is None else method.prior)
+    near = method.proximity if proximity is None else proximity
+    stride = Stride(
+        steps,
+        method.rate if rate is None else rate,
+        resolve(method.rule if rule is None else rule, BETAS, "rule"),
+        beta_max,
+        method.noise if noise is None else noise,
+        random,
+    )
+    _require_in_range(stride, prior, near)
     if not z.is_floating_point() or z.dim() < 1:
         raise UsageError(f"refine needs a floating-point batch of shape (B, ...), got {z.dtype} {tuple(z.shape)}")
-    weight = prior if prior is not None else (0.0 if generator is None else LATENT_PRIOR)
     judge = Logits(discriminator, output, logits)
     networks = [discriminator] if generator is None else [generator, discriminator]
 
-    def height(point: Tensor) -> tuple[Tensor, Tensor]:
-        samples = point if generator is None else generator(point, **conditions)
-        logit = per_sample_mean(judge(samples, conditions))
-        return logit - 0.5 * weight * per_sample_inner(point, point), logit.detach()
+    def logits_at(point: Tensor) -> Tensor:
+        return judge(point if generator is None else generator(point, **conditions), conditions)
 
-    def slope(point: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        leaf = point.detach().requires_grad_(True)
-        with torch.enable_grad():
-            h, logit = height(leaf)
-            (gradient,) = torch.autograd.grad(h.sum(), leaf)
-        return h.detach(), gradient, logit
-
+    start = z.detach().clone()
+    wanted = resolve(method.score if score is None else score, SCORES, "score")
     with frozen(*networks), evaluating(*networks), torch.no_grad():
-        point, lengths = z.detach().clone(), z.new_full((z.shape[0],), rate)
-        h, g, logit = slope(point)
-        before, d = logit, g
-        for step in range(1, steps + 1):
-            proposal = point + scale_samples(lengths, d)
-            if step < steps:
-                h_new, g_new, logit_new = slope(proposal)
-            else:
-                (h_new, logit_new), g_new = height(proposal), g
-            better = h_new >= h
-            d_new = _direction(rule, g_new, g, d, beta_max)
-            point, g = _choose(better, proposal, point), _choose(better, g_new, g)
-            d = _choose(better, d_new, g)
-            h, logit = torch.where(better, h_new, h), torch.where(better, logit_new, logit)
-            lengths = torch.where(better, lengths, 0.5 * lengths)
+        point, before, after = method.walk(Hill(logits_at, start, wanted, weight, near), stride)
     if report is not None:
-        report(Refined(per_sample_norm(point - z.detach()), before, logit, max(steps, 1)))
+        report(Refined(per_sample_norm(point - start), before, after, max(steps, 1)))
     return point
 
 
-def _direction(rule: BetaRule, g: Tensor, g_previous: Tensor, d_previous: Tensor, beta_max: float) -> Tensor:
-    # d = g + beta d-, with inner products over each sample alone
-    if rule.formula is None:
-        return g
-    products = InnerProducts(
-        inner=per_sample_inner,
-        sharp=lambda a: a,
-        g=g,
-        u=g,
-        y=g - g_previous,
-        d_previous=d_previous,
-        gu_previous=per_sample_inner(g_previous, g_previous),
-    )
-    return g + scale_samples(conjugate_beta(rule, products, beta_max), d_previous)
+def _require_fitting(
+    method: Refinement, generator: nn.Module | None, rule: str | BetaRule | None, noise: float | None
+) -> None:
+    if generator is None and not method.samples:
+        raise UsageError(f"method {method.name!r} moves latents, not samples: pass a generator, or another method")
+    if rule is not None and method.walk is flow:
+        raise UsageError(f"method {method.name!r} has no conjugate directions: leave out rule, got {rule!r}")
+    if noise is not None and method.walk is climb:
+        raise UsageError(f"method {method.name!r} draws nothing at random: leave out noise, got {noise}")
 
 
-def _choose(better: Tensor, new: Tensor, old: Tensor) -> Tensor:
-    return torch.where(better.reshape(-1, *[1] * (new.dim() - 1)), new, old)
+def _require_in_range(stride: Stride, prior: float | None, proximity: float) -> None:
+    steps, rate, beta_max, noise = stride.steps, stride.rate, stride.beta_max, stride.noise
+    if (
+        steps < 0
+        or not 0 < rate < math.inf
+        or not beta_max >= 0
+        or not math.isfinite(prior or 0.0)
+        or not 0 <= proximity < math.inf
+        or not 0 <= noise < math.inf
+    ):
+        raise UsageError(
+            "refine needs steps of at least 0, beta_max of at least 0, a finite prior, proximity and noise of at least "
+            f"0, and a positive rate, got steps={steps}, rate={rate}, beta_max={beta_max}, prior={prior}, "
+            f"proximity={proximity}, noise={noise}"
+        )

@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,9 +13,10 @@ import torch
 from PIL import Image as Picture
 from safetensors.torch import load_file, save_file
 
-from gac_plugin import BETAS, LOSSES, METRICS
+from gac_plugin import BETAS, LOSSES, METRICS, REFINEMENTS, refine
 from gac_plugin.cli import _parser, main
 from gac_plugin.train import main as train_main
+from gac_plugin.training import load_discriminator, load_generator
 from gac_plugin.training.features import FEATURES
 
 ROOT = Path(__file__).parents[1]
@@ -130,6 +132,7 @@ def test_info_lists_every_table(capsys):
     assert set(facts["rules"]) == set(BETAS)
     assert set(facts["metrics"]) == set(METRICS)
     assert set(facts["features"]) == set(FEATURES)
+    assert set(facts["refinements"]) == set(REFINEMENTS)
     assert {"mlp", "dcgan"} <= set(facts["adapters"])
     assert torch.__version__.startswith(facts["versions"]["torch"])
     assert facts["devices"][0].startswith("cpu")
@@ -220,3 +223,119 @@ def commands_shown() -> list[str]:
 @pytest.mark.parametrize("line", commands_shown(), ids=lambda line: line[:60])
 def test_every_command_in_the_documentation_can_be_parsed(line):
     _parser().parse_args(shlex.split(line, comments=True)[1:])
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        (["--rate", "1", "--prior", "0"], "latents"),
+        (["--method", "dgflow-kl", "--rate", "20"], "latents"),
+        (["--space", "sample", "--rate", "1"], "samples"),
+    ],
+    ids=["latents", "a flow", "samples"],
+)
+def test_refinement_writes_samples_and_says_what_it_did(run, tmp_path, capsys, options, what):
+    folder, out = tmp_path / "deep", tmp_path / "deep" / "refined.png"
+    assert main(["sample", str(run), "--n", "6", "--seed", "3", "--out", str(folder / "before.png")]) == 0
+    arguments = ["refine", str(run), "--steps", "4", "--n", "6", "--seed", "3", *options]
+    capsys.readouterr()
+    assert main([*arguments, "--out", str(out)]) == 0
+    said = re.fullmatch(
+        r"6 samples in (.*): mean logit (-?\d+\.\d{3}) -> (-?\d+\.\d{3}), "
+        rf"{what} moved (\d+\.\d{{3}}) in the mean, 4 evaluations of D's gradient\n",
+        capsys.readouterr().out,
+    )
+    assert said[1] == str(out)
+    assert float(said[3]) > float(said[2])
+    assert float(said[4]) > 0
+    assert out.read_bytes() != (folder / "before.png").read_bytes()
+    assert main([*arguments, "--out", str(folder / "again.png")]) == 0
+    assert (folder / "again.png").read_bytes() == out.read_bytes()
+
+
+def test_refinement_is_that_of_the_library(run, tmp_path, capsys):
+    arguments = ["refine", str(run), "--steps", "5", "--n", "3", "--rate", "0.2", "--prior", "0.1", "--rule", "none"]
+    assert main([*arguments, "--out", str(tmp_path / "refined.png")]) == 0
+    generator, discriminator, reports = load_generator(run), load_discriminator(run), []
+    latents = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
+    refined = refine(generator, discriminator, latents, 5, 0.2, 0.1, "none", report=reports.append)
+    (told,) = reports
+    figures = f"{told.logit_before.mean():.3f} -> {told.logit_after.mean():.3f}, latents moved {told.moved.mean():.3f}"
+    assert figures in capsys.readouterr().out
+    with torch.no_grad():
+        pixels = ((generator(refined)[:, 0] + 1) * 127.5).round().to(torch.uint8)
+    with Picture.open(tmp_path / "refined.png") as picture:
+        for index, image in enumerate(pixels.numpy()):
+            left, top = 4 + 52 * (index % 2), 4 + 52 * (index // 2)
+            tile = Picture.fromarray(image).resize((48, 48), Picture.Resampling.BICUBIC)
+            assert picture.crop((left, top, left + 48, top + 48)).tobytes() == tile.tobytes()
+
+
+PLACES = [(0, 0), (1, 0), (2, 0), (3, 0), (0, 1), (1, 1)]
+
+
+def test_each_sample_stands_before_and_after_side_by_side(run, tmp_path):
+    pictures = []
+    for steps in ("0", "30"):
+        out = tmp_path / f"{steps}.png"
+        options = ["--n", "3", "--steps", steps, "--rate", "0.5", "--compare", "--out", str(out)]
+        assert main(["refine", str(run), *options]) == 0
+        with Picture.open(out) as picture:
+            assert picture.size == (4 * 52 + 4, 2 * 52 + 4)
+            pictures.append([picture.crop((52 * x, 52 * y, 52 * x + 52, 52 * y + 52)).tobytes() for x, y in PLACES])
+    (a, a_same, b, b_same, c, c_same), (a_before, a_after, b_before, b_after, c_before, c_after) = pictures
+    assert [a, b, c] == [a_same, b_same, c_same] == [a_before, b_before, c_before]
+    assert a != a_after
+    assert b != b_after
+    assert c != c_after
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["RUN/generator"], "no discriminator in '.*generator', and refinement needs one: name the run folder itself"),
+        (["nowhere"], "no generator in 'nowhere'"),
+        (["RUN", "--steps", "-1"], "--steps must be between 0 and 10000, got -1"),
+        (["RUN", "--n", "0"], "--n must be between 1 and 100000, got 0"),
+        (["RUN", "--label", "3"], "--label 3 does not fit: the generator was trained without classes"),
+        (["RUN", "--out", "grid.txt"], r"--out must end in one of \.png.*; got 'grid\.txt'"),
+        (["RUN", "--method", "newton"], "unknown method 'newton'; choose one of: conjugate, "),
+        (["RUN", "--rule", "pr"], "unknown rule 'pr'"),
+        (["RUN", "--rate", "0"], r"a positive rate, got .*rate=0\.0"),
+        (["RUN", "--space", "sample", "--method", "langevin"], "'langevin' moves latents, not samples"),
+        (["RUN", "--method", "langevin", "--rate", "1e9", "--steps", "99"], "not finite any more, .* a smaller --rate"),
+    ],
+)
+def test_a_refinement_mistake_is_one_line(run, tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    assert main(["refine", *(argument.replace("RUN", str(run)) for argument in arguments)]) == 2
+    assert re.fullmatch(rf"gac: error: .*{message}.*\n", _err(capsys))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_on_the_hub_needs_its_discriminator_to_be_refined(run, tmp_path, hub, capsys):
+    repository, arguments = (
+        tmp_path / "repository",
+        ["refine", "ada/model", "--n", "2", "--out", str(tmp_path / "a.png")],
+    )
+    shutil.copytree(run / "generator", repository)
+    hub.add_folder("ada/model", repository, "model")
+    assert main(arguments) == 2
+    assert re.search("'ada/model' has no discriminator/.*; it was published without", _err(capsys))
+    first = hub.repos["model", "ada/model"].refs["main"]
+    shutil.copytree(run / "discriminator", repository / "discriminator")
+    hub.add_folder("ada/model", repository, "model")
+    assert main(arguments) == 0
+    assert capsys.readouterr().out.startswith("2 samples in ")
+    assert main([*arguments, "--revision", first]) == 2
+
+
+def test_the_class_of_refined_samples_can_be_asked_for(tmp_path, capsys):
+    folder = str(tmp_path / "run")
+    assert main(["train", *QUICK, "--conditional", "--output-dir", folder]) == 0
+    pictures = []
+    for space, label in (("latent", "3"), ("latent", "4"), ("sample", "3")):
+        options = ["--label", label, "--space", space, "--rate", "0.3", "--out", str(tmp_path / "grid.png")]
+        assert main(["refine", folder, *options]) == 0
+        pictures.append((tmp_path / "grid.png").read_bytes())
+    assert len(set(pictures)) == 3

@@ -148,7 +148,9 @@ def test_class_labels_that_are_not_there_are_said(tmp_path):
         {"image": [Picture.new("L", (8, 8), 9)] * 9}, features=datasets.Features({"image": datasets.Image()})
     )
     rows.to_parquet(tmp_path / "data" / "train.parquet")
-    with pytest.raises(UsageError, match=r"--conditional needs a class label for every row, which data set .* does not have"):
+    with pytest.raises(
+        UsageError, match=r"--conditional needs a class label for every row, which data set .* does not have"
+    ):
         train(Config(dataset=str(tmp_path / "data"), conditional=True, output_dir=str(tmp_path / "run"), cpu=True))
 
 

@@ -7,10 +7,13 @@ import pytest
 import torch
 from torch import nn
 
-from gac_plugin import BETAS, UsageError, refine
+from gac_plugin import BETAS, REFINEMENTS, SCORES, UsageError, refine
 
 BATCH, LATENT = 5, 3
 every_rule = pytest.mark.parametrize("rule", BETAS)
+every_method = pytest.mark.parametrize("method", REFINEMENTS)
+climbs = [name for name, method in REFINEMENTS.items() if method.noise == 0]
+flows = [name for name, method in REFINEMENTS.items() if method.noise > 0]
 
 
 @pytest.fixture
@@ -52,15 +55,17 @@ def bowl():
 # What it leaves alone
 
 
-@every_rule
-def test_parameters_buffers_modes_flags_and_latents_stay_as_they_are(rule, networks, z):
+@pytest.mark.parametrize(
+    "options", [*({"rule": rule} for rule in BETAS), *({"method": method} for method in REFINEMENTS)], ids=str
+)
+def test_parameters_buffers_modes_flags_and_latents_stay_as_they_are(options, networks, z):
     generator, discriminator = networks
     discriminator[1].bias.requires_grad_(False)
     parts = [part for network in networks for part in network.modules()]
     parameters = [parameter for network in networks for parameter in network.parameters()]
     state, start = [copy.deepcopy(network.state_dict()) for network in networks], z.clone()
     modes, flags = [part.training for part in parts], [parameter.requires_grad for parameter in parameters]
-    refined = refine(generator, discriminator, z, steps=5, rule=rule)
+    refined = refine(generator, discriminator, z, steps=5, **options)
     for network, saved in zip(networks, state, strict=True):
         assert all(torch.equal(network.state_dict()[name], value) for name, value in saved.items())
     assert [part.training for part in parts] == modes
@@ -89,10 +94,25 @@ def test_it_works_where_gradients_are_disabled_and_on_latents_that_require_them(
     assert torch.equal(refine(*networks, z.clone().requires_grad_()), expected)
 
 
-def test_nothing_is_random(networks, z):
-    first = refine(*networks, z)
+@pytest.mark.parametrize("method", climbs)
+def test_a_climb_draws_nothing(method, networks, z):
+    state = torch.get_rng_state()
+    first = refine(*networks, z, method=method)
+    assert torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(99)
-    assert torch.equal(refine(*networks, z), first)
+    assert torch.equal(refine(*networks, z, method=method, random=torch.Generator().manual_seed(3)), first)
+
+
+@pytest.mark.parametrize("method", flows)
+def test_a_flow_repeats_for_the_seed_of_its_generator_and_leaves_torchs_own_alone(method, networks, z):
+    state, found = torch.get_rng_state(), []
+    for seed in (3, 3, 4):
+        found.append(refine(*networks, z, method=method, random=torch.Generator().manual_seed(seed)))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(found[0], found[1])
+    assert not torch.allclose(found[0], found[2], rtol=1e-3)
+    torch.manual_seed(3)
+    assert torch.equal(refine(*networks, z, method=method), found[0])
 
 
 # The ascent
@@ -164,15 +184,101 @@ def test_a_step_too_long_is_halved_until_it_climbs():
     assert found == pytest.approx([1.0, 1.0, 1.0, 1.0, -0.5, 0.25], rel=1e-15)
 
 
+# Flows
+
+
+DERIVATIVES = {  # w = ds/dl of the method's score, and its prior
+    "langevin": (lambda d: 1.0, 1.0),
+    "dgflow-kl": (lambda d: 1.0, 0.0),
+    "dgflow-js": (lambda d: d, 0.0),
+    "dgflow-logd": (lambda d: 1 - d, 0.0),
+}
+
+
+@pytest.mark.parametrize("method", flows)
+def test_a_flow_follows_the_weighted_gradient(method, networks, z):
+    generator, discriminator = (network.eval() for network in copy.deepcopy(networks))
+    weight, prior = DERIVATIVES[method]
+    leaf = z.clone().requires_grad_()
+    logit = discriminator(generator(leaf))
+    (gradient,) = torch.autograd.grad(logit.sum(), leaf)
+    drift = weight(torch.sigmoid(logit.detach())) * gradient - prior * z
+    moved = refine(*networks, z, steps=1, method=method, rate=0.02, noise=0.0)
+    torch.testing.assert_close(moved, z + 0.02 * drift, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("method", flows)
+def test_the_noise_of_a_flow_has_the_variance_of_its_equation(method, networks, z):
+    many = z[:1].expand(4000, -1)
+    still, moved = (refine(*networks, many, steps=1, method=method, rate=0.3, noise=noise) for noise in (0.0, 0.7))
+    difference = moved - still
+    assert difference.mean().item() == pytest.approx(0.0, abs=0.03)  # 4 standard errors of 12,000 draws: 0.024
+    assert difference.var().item() == pytest.approx(2 * 0.3 * 0.7, rel=0.06)
+
+
+def test_langevin_samples_the_density_of_prior_and_logit():
+    # l = -a/2 (x - m)^2 with G the identity: p(z) exp(l) is normal, of variance 1 / (1 + a) and mean a m / (1 + a)
+    a, m = 3.0, 2.0
+    hill = Bowl(torch.full((4000, 1), m, dtype=torch.float64), torch.tensor([a], dtype=torch.float64))
+    z = refine(nn.Identity(), hill, torch.randn(4000, 1, dtype=torch.float64), steps=400, method="langevin", rate=0.01)
+    assert z.mean().item() == pytest.approx(a * m / (1 + a), abs=0.04)
+    assert z.var().item() == pytest.approx(1 / (1 + a), rel=0.1)
+
+
+@pytest.mark.parametrize("method", flows)
+def test_fewer_steps_are_the_beginning_of_more(method, networks, z):
+    def walk(start, steps, random):
+        return refine(*networks, start, steps=steps, method=method, rate=0.05, random=random)
+
+    once, twice = (torch.Generator().manual_seed(5) for _ in range(2))
+    torch.testing.assert_close(walk(z, 5, once), walk(walk(z, 2, twice), 3, twice), rtol=1e-12, atol=1e-14)
+
+
+# What is climbed
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_any_score_of_the_logit_can_be_climbed(score, networks, z):
+    generator, discriminator = (network.eval() for network in copy.deepcopy(networks))
+    leaf = z.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(SCORES[score].value(discriminator(generator(leaf))).sum(), leaf)
+    moved = refine(*networks, z, steps=1, rate=1e-3, prior=0.0, score=score)
+    torch.testing.assert_close(moved, z + 1e-3 * slope, rtol=1e-10, atol=1e-14)
+
+
+def test_proximity_ends_at_the_maximum_near_the_start():
+    # l = -A/2 (x - m)^2 - p/2 (x - x0)^2 has its maximum at (A m + p x0) / (A + p)
+    curvatures, p = torch.tensor([0.5, 2.0], dtype=torch.float64), 4.0
+    hill, start = Bowl(torch.randn(BATCH, 2, dtype=torch.float64), curvatures), torch.randn(BATCH, 2).double()
+    found = refine(None, hill, start, steps=60, rate=0.15, proximity=p)
+    expected = (curvatures * hill.minima + p * start) / (curvatures + p)
+    torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-8)
+
+
+def test_plain_ascent_is_conjugate_ascent_with_the_rule_none(networks, z):
+    plain = refine(*networks, z, method="gradient", rate=0.1)
+    assert torch.equal(plain, refine(*networks, z, rule="none", rate=0.1))
+    assert not torch.allclose(plain, refine(*networks, z, rate=0.1), rtol=1e-3)
+
+
+@pytest.mark.parametrize("method", [name for name, method in REFINEMENTS.items() if method.samples])
+def test_samples_move_by_every_method_that_is_defined_there(method, tiny_discriminator):
+    discriminator, x = tiny_discriminator(), torch.randn(BATCH, 4, dtype=torch.float64)
+    moved = refine(None, discriminator, x, method=method, rate=0.01)
+    assert moved.isfinite().all()
+    assert not torch.equal(moved, x)
+
+
 # Report, conditions, outputs
 
 
+@every_method
 @pytest.mark.parametrize("steps", [0, 1, 6])
-def test_the_report_says_how_far_each_sample_moved_and_at_what_cost(steps, networks, z):
+def test_the_report_says_how_far_each_sample_moved_and_at_what_cost(steps, method, networks, z):
     generator, discriminator = networks
     calls, reports = [], []
     generator.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
-    refined = refine(*networks, z, steps=steps, report=reports.append)
+    refined = refine(*networks, z, steps=steps, method=method, report=reports.append)
     (report,) = reports
     assert report.evaluations == sum(calls) == max(steps, 1)
     assert len(calls) == steps + 1  # the last point needs a value, not a gradient
@@ -181,8 +287,9 @@ def test_the_report_says_how_far_each_sample_moved_and_at_what_cost(steps, netwo
         torch.testing.assert_close(logit, height(generator, discriminator, point, prior=0.0), rtol=1e-12, atol=0)
 
 
-def test_no_steps_return_a_copy(networks, z):
-    refined = refine(*networks, z, steps=0)
+@every_method
+def test_no_steps_return_a_copy(method, networks, z):
+    refined = refine(*networks, z, steps=0, method=method)
     assert torch.equal(refined, z)
     assert refined.data_ptr() != z.data_ptr()
 
@@ -228,6 +335,13 @@ def test_the_logits_are_found_in_whatever_the_discriminator_returns(form, tiny_d
         ({"beta_max": -1.0}, r"beta_max.*-1\.0"),
         ({"prior": float("nan")}, "prior.*nan"),
         ({"rule": "pr"}, "unknown rule 'pr'"),
+        ({"method": "newton"}, "unknown method 'newton'; choose one of: conjugate, .*dgflow-logd"),
+        ({"score": "logits"}, r"unknown score 'logits' \(did you mean 'logit'\?\)"),
+        ({"proximity": -1.0}, r"proximity=-1\.0"),
+        ({"proximity": float("inf")}, "proximity=inf"),
+        ({"method": "langevin", "noise": -0.1}, r"noise=-0\.1"),
+        ({"method": "langevin", "rule": "fr"}, "'langevin' has no conjugate directions: leave out rule, got 'fr'"),
+        ({"noise": 0.1}, "'conjugate' draws nothing at random: leave out noise, got 0.1"),
         ({"output": "probs"}, "unknown output 'probs'"),
     ],
     ids=str,
@@ -235,6 +349,11 @@ def test_the_logits_are_found_in_whatever_the_discriminator_returns(form, tiny_d
 def test_arguments_out_of_range_are_refused_with_their_value(wrong, message, networks, z):
     with pytest.raises(UsageError, match=message):
         refine(*networks, z, **wrong)
+
+
+def test_langevin_is_for_latents(tiny_discriminator):
+    with pytest.raises(UsageError, match="'langevin' moves latents, not samples: pass a generator, or another method"):
+        refine(None, tiny_discriminator(), torch.zeros(2, 4).double(), method="langevin")
 
 
 @pytest.mark.parametrize("bad", [torch.zeros(4, 3, dtype=torch.int64), torch.tensor(0.5)], ids=["integers", "scalar"])
