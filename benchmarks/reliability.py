@@ -72,6 +72,8 @@ TINY = Config(
 LANES, KILLED_RUNS = 2, 4
 MOMENTS = 3
 """How often each signal is sent."""
+UNREAD = ("README.md", "samples.png")
+"""What stands beside a network and is not loaded with it."""
 ROUNDS = 5
 PICKLES = ("optimizer.bin", "pytorch_model.bin", "random_states_0.pkl", "scheduler.bin", "model.pt")
 COMPLETE, UNDER_WAY = re.compile(r"step-(\d{7})"), re.compile(r"\.step-\d{7}\.(new|old)")
@@ -451,7 +453,7 @@ def _damage_networks(options: Options, run: Path) -> Finding:
         expected = load_generator(run)(z)
         for case in range(options.corruptions):
             random, folder = options.random("network", case), options.work / "damaged"
-            shutil.copytree(run / "generator", folder / "generator")
+            shutil.copytree(run / "generator", folder / "generator", ignore=shutil.ignore_patterns(*UNREAD))
             damage = corrupt(folder / "generator", random)
             try:
                 equal = torch.equal(load_generator(folder)(z), expected)
