@@ -16,7 +16,7 @@ PROGRAM = """
 import sys
 from accelerate import PartialState
 from gac_plugin.errors import SaidElsewhereError, UsageError
-from gac_plugin.training.processes import everyones, from_main, main_only, together
+from gac_plugin.training.processes import everyones, from_main, leave, main_only, together
 
 state = PartialState(cpu=True)
 rank = state.process_index
@@ -39,6 +39,7 @@ for turn in range(2):  # one after the other
     if turn == rank:
         print(rank, said, flush=True)
 state.destroy_process_group()
+leave(0)
 """
 
 

@@ -56,7 +56,7 @@ def everyones_text(text: str) -> list[str]:
     letters = text.encode()
     lengths = everyones(len(letters))
     # padded to the length of the longest, which everyone knows by now
-    content = torch.zeros(max(lengths), dtype=torch.uint8, device=state.device)
+    content = torch.zeros(max(1, *lengths), dtype=torch.uint8, device=state.device)
     content[: len(letters)] = torch.tensor(list(letters), dtype=torch.uint8)
     rows = gather(content).reshape(len(lengths), -1).tolist()
     return [bytes(row[:length]).decode() for row, length in zip(rows, lengths, strict=True)]
