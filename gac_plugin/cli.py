@@ -43,6 +43,8 @@ from gac_plugin.training.publish import described, push_to_hub
 
 MOST_SAMPLES, MOST_STEPS = 100_000, 10_000
 SPACES = ("latent", "sample")
+MODEL = "run folder, saved generator, or USER/NAME on the Hub"
+JUDGED = "run folder, or USER/NAME published with --discriminator"
 LIBRARIES = ("torch", "accelerate", "datasets", "timm", "safetensors", "huggingface_hub", "numpy", "pillow")
 
 
@@ -69,8 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     train.set_defaults(run=run_train)
 
     sample = commands.add_parser("sample", help="write generated samples to a file", allow_abbrev=False)
-    sample.add_argument("model", metavar="RUN_OR_MODEL", help="run folder, saved generator, or USER/NAME on the Hub")
-    sample.add_argument("--revision", metavar="REVISION", help="branch, tag or commit on the Hub (default: main)")
+    _add_model(sample)
     sample.add_argument("--n", type=int, default=64, metavar="N", help="how many samples (default: 64)")
     sample.add_argument("--out", metavar="FILE", help="file to write (default: samples.png, or what suits the data)")
     sample.add_argument("--columns", type=int, metavar="N", help="samples in a row (default: a square)")
@@ -86,8 +87,7 @@ def _parser() -> argparse.ArgumentParser:
         "samples among what it makes. A run is measured against its own data, and its card is brought up to date.",
         allow_abbrev=False,
     )
-    evaluate.add_argument("model", metavar="RUN_OR_MODEL", help="run folder, saved generator, or USER/NAME on the Hub")
-    evaluate.add_argument("--revision", metavar="REVISION", help="branch, tag or commit on the Hub (default: main)")
+    _add_model(evaluate)
     for item in fields(Config):
         if item.name in DATA_SETTINGS:
             kind = field_type(item.type)
@@ -130,10 +130,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Write samples moved to where the discriminator finds them more real; both networks are held.",
         allow_abbrev=False,
     )
-    refined.add_argument(
-        "model", metavar="RUN_OR_MODEL", help="run folder, or USER/NAME published with --discriminator"
-    )
-    refined.add_argument("--revision", metavar="REVISION", help="branch, tag or commit on the Hub (default: main)")
+    _add_model(refined, JUDGED)
     refined.add_argument("--steps", type=int, default=10, metavar="K", help="gradients of D (default: 10)")
     refined.add_argument("--n", type=int, default=64, metavar="N", help="how many samples (default: 64)")
     refined.add_argument("--out", metavar="FILE", help="file to write (default: refined.png, or what suits the data)")
@@ -148,16 +145,14 @@ def _parser() -> argparse.ArgumentParser:
     refined.set_defaults(run=_refine)
 
     demo = commands.add_parser("demo", help="try a generator out on a local web page", allow_abbrev=False)
-    demo.add_argument("model", metavar="RUN_OR_MODEL", help="run folder, saved generator, or USER/NAME on the Hub")
-    demo.add_argument("--revision", metavar="REVISION", help="branch, tag or commit on the Hub (default: main)")
+    _add_model(demo)
     demo.add_argument("--port", type=int, metavar="N", help="port on 127.0.0.1 (default: a free one from 7860 on)")
     demo.set_defaults(run=_demo)
 
     explain = commands.add_parser(
         "explain", help="draw what D wants changed, and where in G it arrives", allow_abbrev=False
     )
-    explain.add_argument("model", metavar="RUN_OR_MODEL", help="run folder, or USER/NAME with its discriminator")
-    explain.add_argument("--revision", metavar="REVISION", help="branch, tag or commit on the Hub (default: main)")
+    _add_model(explain, JUDGED)
     explain.add_argument("--n", type=int, default=8, metavar="N", help="how many samples (default: 8)")
     explain.add_argument("--out", default="explanation", metavar="DIR", help="folder (default: explanation)")
     explain.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the latents (default: 0)")
@@ -193,6 +188,11 @@ def _parser() -> argparse.ArgumentParser:
     info.add_argument("--json", action="store_true", help="as JSON")
     info.set_defaults(run=_info)
     return parser
+
+
+def _add_model(command: argparse.ArgumentParser, what: str = MODEL) -> None:
+    command.add_argument("model", metavar="RUN_OR_MODEL", help=what)
+    command.add_argument("--revision", metavar="REVISION", help="branch, tag or commit on the Hub (default: main)")
 
 
 def _sample(arguments: argparse.Namespace) -> None:
