@@ -42,9 +42,9 @@ from gac_plugin.adapters.autoencoder import (
 from gac_plugin.adapters.mlp import perceptron
 from gac_plugin.training.config import Config
 from gac_plugin.training.data import load_data
+from gac_plugin.training.data.source import Decoded
 from gac_plugin.training.ema import RunningAverage
-from gac_plugin.training.evaluate import Features, evaluate, frechet_distance, make_features
-from gac_plugin.training.source import Decoded
+from gac_plugin.training.judging.evaluate import Features, evaluate, frechet_distance, make_features
 
 SHAPE, PIXELS = (1, 28, 28), 784
 LATENT, WIDTH, DEPTH = 16, 128, 2

@@ -33,7 +33,7 @@ from torch.utils.data import DataLoader
 
 from gac_plugin.training import Config, loop, train
 from gac_plugin.training.data import load_data
-from gac_plugin.training.feed import Feed
+from gac_plugin.training.data.feed import Feed
 
 HERE = Path(__file__).parent
 COMMAND = "python benchmarks/data.py MNIST_FOLDER CIFAR_FOLDER"

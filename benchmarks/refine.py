@@ -31,11 +31,11 @@ from torch import Tensor
 from gac_plugin import Refined, Score, refine
 from gac_plugin.training import Config, load_discriminator, load_generator, train
 from gac_plugin.training.data import codec_of, load_data
-from gac_plugin.training.evaluate import Features, frechet_distance, make_features, precision_recall
+from gac_plugin.training.data.source import sample
 from gac_plugin.training.files import write_json
 from gac_plugin.training.generate import GENERATION_BATCH, draw_latents
 from gac_plugin.training.hub import network_folder, read_recipe
-from gac_plugin.training.source import sample
+from gac_plugin.training.judging.evaluate import Features, frechet_distance, make_features, precision_recall
 from gac_plugin.training.stopping import Stop
 
 HERE = Path(__file__).parent

@@ -33,11 +33,11 @@ from gac_plugin.training.assess import DATA_SETTINGS, RESAMPLES, assess, table
 from gac_plugin.training.card import CARD, TRAINING
 from gac_plugin.training.config import PRESETS, Config, field_type
 from gac_plugin.training.data import codec_of
-from gac_plugin.training.features import FEATURES
 from gac_plugin.training.files import write_json
 from gac_plugin.training.generate import GENERATION_BATCH, class_labels, draw_latents, generate
 from gac_plugin.training.hub import load_discriminator, load_generator, network_folder, read_recipe
-from gac_plugin.training.maps import explain
+from gac_plugin.training.judging.features import FEATURES
+from gac_plugin.training.judging.maps import explain
 from gac_plugin.training.networks import Recipe, adapter_names, adapter_options, find_adapter
 from gac_plugin.training.publish import described, push_to_hub
 

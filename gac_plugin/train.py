@@ -12,8 +12,8 @@ from accelerate import PartialState
 from gac_plugin.errors import exit_code
 from gac_plugin.training.config import GROUPS, PRESETS, Config, field_type, make_config, read_config
 from gac_plugin.training.files import MARK
-from gac_plugin.training.findings import Finding, findings, read_metrics
 from gac_plugin.training.journal import METRICS
+from gac_plugin.training.judging.findings import Finding, findings, read_metrics
 from gac_plugin.training.loop import Result, train
 from gac_plugin.training.processes import leave
 from gac_plugin.training.stopping import Stop

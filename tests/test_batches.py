@@ -15,12 +15,12 @@ import torch
 from PIL import Image as Picture
 
 from gac_plugin.errors import UsageError
-from gac_plugin.training.batches import batches, position
 from gac_plugin.training.config import Config
 from gac_plugin.training.data import load_data
-from gac_plugin.training.images import ImageCodec, Stored
-from gac_plugin.training.source import Part
-from gac_plugin.training.unreadable import Unreadable
+from gac_plugin.training.data.batches import batches, position
+from gac_plugin.training.data.images import ImageCodec, Stored
+from gac_plugin.training.data.source import Part
+from gac_plugin.training.data.unreadable import Unreadable
 
 COUNTING = torch.arange(10, dtype=torch.uint8).reshape(10, 1, 1, 1)
 TANH = ImageCodec((1, 8, 8), "tanh").to_samples
@@ -183,7 +183,7 @@ def test_signals_are_for_the_main_process_but_sigterm_to_a_worker_ends_it(stored
 
 SCRIPT = """
 import multiprocessing, torch
-from gac_plugin.training.batches import batches
+from gac_plugin.training.data.batches import batches
 from gac_plugin.training.config import Config
 from gac_plugin.training.data import load_data
 

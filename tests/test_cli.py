@@ -17,7 +17,7 @@ from gac_plugin import BETAS, LOSSES, METRICS, REFINEMENTS, refine
 from gac_plugin.cli import _parser, main
 from gac_plugin.train import main as train_main
 from gac_plugin.training import load_discriminator, load_generator
-from gac_plugin.training.features import FEATURES
+from gac_plugin.training.judging.features import FEATURES
 
 ROOT = Path(__file__).parents[1]
 QUICK = ["--steps", "4", "--width", "8", "--evaluation-samples", "40", "--cpu"]

@@ -17,9 +17,9 @@ from sklearn.datasets import load_digits
 from gac_plugin.errors import UsageError
 from gac_plugin.training.config import Config
 from gac_plugin.training.data import load_data
-from gac_plugin.training.images import Stored
-from gac_plugin.training.source import Decoded, Source, sample
-from gac_plugin.training.splits import dataset_path
+from gac_plugin.training.data.images import Stored
+from gac_plugin.training.data.source import Decoded, Source, sample
+from gac_plugin.training.data.splits import dataset_path
 
 
 def load_images(config: Config) -> tuple[Source, Decoded]:

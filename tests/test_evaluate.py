@@ -15,16 +15,16 @@ from sklearn.neighbors import NearestNeighbors
 from torch import nn
 
 from gac_plugin.errors import UsageError
-from gac_plugin.training import features as features_module
 from gac_plugin.training import train
 from gac_plugin.training.assess import assess
 from gac_plugin.training.config import Config
 from gac_plugin.training.data import load_data
-from gac_plugin.training.evaluate import Features, evaluate, frechet_distance, make_features, precision_recall
-from gac_plugin.training.features import FEATURES, find_kind
-from gac_plugin.training.measures import MEASURES, coverage, density, intervals, kernel_distance, measure
-from gac_plugin.training.memorisation import discriminator_gap
-from gac_plugin.training.source import Decoded
+from gac_plugin.training.data.source import Decoded
+from gac_plugin.training.judging import features as features_module
+from gac_plugin.training.judging.evaluate import Features, evaluate, frechet_distance, make_features, precision_recall
+from gac_plugin.training.judging.features import FEATURES, find_kind
+from gac_plugin.training.judging.measures import MEASURES, coverage, density, intervals, kernel_distance, measure
+from gac_plugin.training.judging.memorisation import discriminator_gap
 
 CPU = torch.device("cpu")
 

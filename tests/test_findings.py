@@ -10,8 +10,8 @@ from gac_plugin.errors import UsageError
 from gac_plugin.losses import LOSSES
 from gac_plugin.train import main
 from gac_plugin.training.config import Config
-from gac_plugin.training.findings import SIGNS, findings, read_metrics
 from gac_plugin.training.health import ALIKE, BEATEN, blind_loss
+from gac_plugin.training.judging.findings import SIGNS, findings, read_metrics
 
 LINES = 40
 WELL = {

@@ -21,14 +21,13 @@ from PIL import Image as Picture
 from PIL import features
 
 from gac_plugin.errors import UsageError
-from gac_plugin.training import images
-from gac_plugin.training.batches import batches
 from gac_plugin.training.config import Config
-from gac_plugin.training.data import load_data
-from gac_plugin.training.decoding import decode
-from gac_plugin.training.images import Stored, stored_images
-from gac_plugin.training.source import Decoded, sample
-from gac_plugin.training.unreadable import UnreadableError
+from gac_plugin.training.data import images, load_data
+from gac_plugin.training.data.batches import batches
+from gac_plugin.training.data.decoding import decode
+from gac_plugin.training.data.images import Stored, stored_images
+from gac_plugin.training.data.source import Decoded, sample
+from gac_plugin.training.data.unreadable import UnreadableError
 
 H, W = 6, 8
 BYTES = np.random.default_rng(0).integers(0, 256, (H, W, 4), dtype=np.uint8)

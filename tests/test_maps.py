@@ -14,9 +14,9 @@ from gac_plugin.adapters.speech import SpeechCodec
 from gac_plugin.adapters.text import TextCodec
 from gac_plugin.cli import main
 from gac_plugin.errors import UsageError
+from gac_plugin.training.data.images import ImageCodec
 from gac_plugin.training.hub import load_discriminator, load_generator, save_network
-from gac_plugin.training.images import ImageCodec
-from gac_plugin.training.maps import (
+from gac_plugin.training.judging.maps import (
     coordinates_heard,
     draw_tiles,
     explain,
@@ -27,8 +27,8 @@ from gac_plugin.training.maps import (
     rank_correlation,
     wishes,
 )
+from gac_plugin.training.judging.sheets import LESS, MORE, letters, overlay, write_bars, write_sheet
 from gac_plugin.training.networks import Recipe
-from gac_plugin.training.sheets import LESS, MORE, letters, overlay, write_bars, write_sheet
 
 BATCH, SHAPE = 5, (1, 2, 3)
 

@@ -14,8 +14,8 @@ from gac_plugin.training import train
 from gac_plugin.training.assess import assess
 from gac_plugin.training.config import Config
 from gac_plugin.training.data import load_data
-from gac_plugin.training.evaluate import Features, make_features
-from gac_plugin.training.memorisation import PAIRS, _interval_of_fresh, draw_pairs, memorisation, nearest
+from gac_plugin.training.judging.evaluate import Features, make_features
+from gac_plugin.training.judging.memorisation import PAIRS, _interval_of_fresh, draw_pairs, memorisation, nearest
 
 PIXELS = Features("pixels", lambda pixels: pixels.flatten(1).float())
 

@@ -8,7 +8,7 @@ import torch
 from gac_plugin.errors import UsageError
 from gac_plugin.protocols import Adapter, Medium
 from gac_plugin.training.config import Config, make_config
-from gac_plugin.training.images import ImageCodec
+from gac_plugin.training.data.images import ImageCodec
 from gac_plugin.training.networks import Recipe, adapter_options, choose_recipe, find_adapter
 
 SHAPE = (3, 16, 8)

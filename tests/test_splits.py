@@ -23,7 +23,7 @@ from gac_plugin.errors import UsageError
 from gac_plugin.training import remote
 from gac_plugin.training.config import Config
 from gac_plugin.training.data import Data, load_data
-from gac_plugin.training.feed import Feed
+from gac_plugin.training.data.feed import Feed
 
 pytestmark = pytest.mark.usefixtures("streams", "_no_waiting")
 SHARED = Path(os.environ.get("GAC_DATA", Path(__file__).parents[2] / "shared" / "data"))

@@ -18,9 +18,9 @@ from gac_plugin.errors import UsageError
 from gac_plugin.training import train
 from gac_plugin.training.config import Config
 from gac_plugin.training.data import load_data
-from gac_plugin.training.feed import Feed
-from gac_plugin.training.streaming import Stream
-from gac_plugin.training.unreadable import Unreadable, UnreadableError
+from gac_plugin.training.data.feed import Feed
+from gac_plugin.training.data.streaming import Stream
+from gac_plugin.training.data.unreadable import Unreadable, UnreadableError
 
 pytestmark = pytest.mark.usefixtures("streams")
 CLASSES = 3

@@ -14,15 +14,15 @@ from gac_plugin.protocols import Codec
 from gac_plugin.training.card import EVALUATION, MEMORISATION, PAIRS_PICTURE, kind_of, write_card
 from gac_plugin.training.config import FEWEST_TO_EVALUATE, Config, make_config, read_config
 from gac_plugin.training.data import codec_of, load_data
-from gac_plugin.training.evaluate import Evaluation, evaluate, generated_samples, make_features
-from gac_plugin.training.features import Features, find_kind
+from gac_plugin.training.data.source import KNOWN, Decoded, in_memory, sample
+from gac_plugin.training.data.streaming import Stream
 from gac_plugin.training.files import MARK, write_json
 from gac_plugin.training.hub import WEIGHTS, load_discriminator, load_generator, network_folder, read_recipe
-from gac_plugin.training.measures import MEASURES, how_sure
-from gac_plugin.training.memorisation import Memorisation, discriminator_gap, draw_pairs, memorisation
+from gac_plugin.training.judging.evaluate import Evaluation, evaluate, generated_samples, make_features
+from gac_plugin.training.judging.features import Features, find_kind
+from gac_plugin.training.judging.measures import MEASURES, how_sure
+from gac_plugin.training.judging.memorisation import Memorisation, discriminator_gap, draw_pairs, memorisation
 from gac_plugin.training.networks import Recipe, find_adapter
-from gac_plugin.training.source import KNOWN, Decoded, in_memory, sample
-from gac_plugin.training.streaming import Stream
 
 RESAMPLES = 100
 DATA_SETTINGS = ("dataset", "subset", "split", "test_split", "column", "label_column", "image_size")

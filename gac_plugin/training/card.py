@@ -21,13 +21,13 @@ from safetensors import safe_open
 from torch import nn
 
 from gac_plugin import __version__
-from gac_plugin.training.columns import IMAGES
 from gac_plugin.training.config import EMBEDDED, Config, read_config
 from gac_plugin.training.data import codec_of
+from gac_plugin.training.data.columns import IMAGES
 from gac_plugin.training.files import write_whole
 from gac_plugin.training.generate import generate
 from gac_plugin.training.hub import RECIPE, WEIGHTS, read_recipe
-from gac_plugin.training.measures import MEASURES
+from gac_plugin.training.judging.measures import MEASURES
 from gac_plugin.training.networks import GROUP, Recipe, find_adapter
 
 CARD, PICTURE, EVALUATION, METRICS = "README.md", "samples.png", "evaluation.json", "metrics.jsonl"

@@ -25,18 +25,18 @@ from gac_plugin.training.card import kind_of, write_card
 from gac_plugin.training.checkpoint import Checkpoint, Checkpoints, Stateful, newest_intact, read_checkpoint
 from gac_plugin.training.config import FEWEST_TO_EVALUATE, Config
 from gac_plugin.training.data import Data, load_data
-from gac_plugin.training.evaluate import Evaluation, Features, evaluate, generated_samples, make_features
-from gac_plugin.training.feed import Batch, Feed
+from gac_plugin.training.data.feed import Batch, Feed
+from gac_plugin.training.data.source import Decoded
 from gac_plugin.training.files import next_run, run_folder, write_json
 from gac_plugin.training.game import Game
 from gac_plugin.training.health import Health
 from gac_plugin.training.hub import save_network
 from gac_plugin.training.journal import GRID, METRICS, Journal, tracker_names
-from gac_plugin.training.memorisation import discriminator_gap
+from gac_plugin.training.judging.evaluate import Evaluation, Features, evaluate, generated_samples, make_features
+from gac_plugin.training.judging.memorisation import discriminator_gap
 from gac_plugin.training.networks import Recipe, choose_recipe
 from gac_plugin.training.processes import everyones, from_main, main_only, require_one_run, together
 from gac_plugin.training.random_states import RandomStates
-from gac_plugin.training.source import Decoded
 from gac_plugin.training.stopping import Goal, Signals, Stop
 
 AGREE_EVERY = 10

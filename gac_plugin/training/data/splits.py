@@ -27,8 +27,8 @@ from datasets.exceptions import DatasetGenerationError, DatasetsError
 
 from gac_plugin.errors import UsageError
 from gac_plugin.training.config import EMBEDDED, Config
+from gac_plugin.training.data.source import first_line
 from gac_plugin.training.remote import CLIENT_ERRORS, persistently
-from gac_plugin.training.source import first_line
 
 Rows: TypeAlias = Dataset | IterableDataset
 FAILURES = (*CLIENT_ERRORS, DatasetsError)

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, interpolate
 
 from gac_plugin.errors import UsageError, resolve
+from gac_plugin.training.data.source import Decoded, first_line
 from gac_plugin.training.files import write_whole
-from gac_plugin.training.measures import CHUNK
-from gac_plugin.training.source import Decoded, first_line
+from gac_plugin.training.judging.measures import CHUNK
 
 FORMAT = 1
 """To be raised with any change of the classifier or of its training."""

@@ -11,14 +11,13 @@ from torch import Tensor
 
 from gac_plugin.errors import UsageError
 from gac_plugin.protocols import Codec, Encoder, Medium
-from gac_plugin.training.columns import Labels, find_column, find_labels
 from gac_plugin.training.config import TEST, Config
-from gac_plugin.training.decoding import decode as decode_image
-from gac_plugin.training.decoding import fitted
-from gac_plugin.training.images import ImageCodec, Stored, stored_images
-from gac_plugin.training.networks import Recipe, find_adapter
-from gac_plugin.training.source import KNOWN, Decoded, Source, first_line, in_memory
-from gac_plugin.training.splits import (
+from gac_plugin.training.data.columns import Labels, find_column, find_labels
+from gac_plugin.training.data.decoding import decode as decode_image
+from gac_plugin.training.data.decoding import fitted
+from gac_plugin.training.data.images import ImageCodec, Stored, stored_images
+from gac_plugin.training.data.source import KNOWN, Decoded, Source, first_line, in_memory
+from gac_plugin.training.data.splits import (
     FAILURES,
     ROWS_THAT_TELL,
     Rows,
@@ -28,8 +27,9 @@ from gac_plugin.training.splits import (
     open_split,
     open_splits,
 )
-from gac_plugin.training.streaming import Stream
-from gac_plugin.training.unreadable import Unreadable, UnreadableError
+from gac_plugin.training.data.streaming import Stream
+from gac_plugin.training.data.unreadable import Unreadable, UnreadableError
+from gac_plugin.training.networks import Recipe, find_adapter
 
 
 @dataclass(frozen=True)

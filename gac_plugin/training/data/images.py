@@ -17,11 +17,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from gac_plugin.training.config import OUTPUT_RANGES
-from gac_plugin.training.decoding import ColourError, decode, fitted
+from gac_plugin.training.data.decoding import ColourError, decode, fitted
+from gac_plugin.training.data.pixel_file import pixel_file
+from gac_plugin.training.data.source import Decoded, Part
+from gac_plugin.training.data.unreadable import Unreadable, UnreadableError
 from gac_plugin.training.files import PICTURES, write_grid
-from gac_plugin.training.pixel_file import pixel_file
-from gac_plugin.training.source import Decoded, Part
-from gac_plugin.training.unreadable import Unreadable, UnreadableError
 
 DECODED_AT_ONCE = 64
 """Images that a thread decodes before it hands them on."""

@@ -17,10 +17,10 @@ from datasets.distributed import split_dataset_by_node
 from torch import Tensor
 
 from gac_plugin.errors import UsageError
+from gac_plugin.training.data.source import Decoded, first_line
+from gac_plugin.training.data.splits import FAILURES
+from gac_plugin.training.data.unreadable import Unreadable, UnreadableError
 from gac_plugin.training.remote import may_pass
-from gac_plugin.training.source import Decoded, first_line
-from gac_plugin.training.splits import FAILURES
-from gac_plugin.training.unreadable import Unreadable, UnreadableError
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from gac_plugin.errors import UsageError
-from gac_plugin.training.batches import batches
 from gac_plugin.training.config import Config
 from gac_plugin.training.data import Data
+from gac_plugin.training.data.batches import batches
+from gac_plugin.training.data.source import KNOWN, Decoded, Source, sample
+from gac_plugin.training.data.streaming import Stream
 from gac_plugin.training.processes import everyones_text
-from gac_plugin.training.source import KNOWN, Decoded, Source, sample
-from gac_plugin.training.streaming import Stream
 
 Batch = tuple[Tensor, Tensor | None]
 """Float32 samples, shape (B, ...), and class labels, int64, shape (B,), if there are any."""
@@ -67,7 +67,7 @@ class Feed:
         return {"epoch": epoch, "images": batch * self._taken}
 
     def batches(self) -> Generator[Batch]:
-        """Endless batches, from where the feed stands; see `training.batches.batches` and `Stream.batches`.
+        """Endless batches, from where the feed stands; see `data.batches.batches` and `Stream.batches`.
 
         Raises:
             UsageError: the data set is smaller than one batch of all processes.

@@ -7,7 +7,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from gac_plugin.training.unreadable import Unreadable
+from gac_plugin.training.data.unreadable import Unreadable
 
 KNOWN = 10_000
 """Samples that stand for a split which is not in memory."""

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from gac_plugin.cotangent import evaluating
 from gac_plugin.protocols import Codec
-from gac_plugin.training.features import Features
+from gac_plugin.training.data.source import Decoded, sample
 from gac_plugin.training.files import write_grid
-from gac_plugin.training.source import Decoded, sample
+from gac_plugin.training.judging.features import Features
 
 NEAR = 0.05
 """Share of the held-out samples that count as near to a training sample: the nearest ones."""

@@ -18,8 +18,8 @@ from filelock import FileLock
 from torch import Tensor
 
 from gac_plugin.errors import UsageError
+from gac_plugin.training.data.unreadable import Unreadable
 from gac_plugin.training.files import cannot_write, write_json
-from gac_plugin.training.unreadable import Unreadable
 
 FORMAT = 1
 """To be raised with any change of what is decoded to what, or of how it is stored."""

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from gac_plugin.errors import UsageError
 from gac_plugin.training.config import Config
+from gac_plugin.training.data.splits import Rows
 from gac_plugin.training.networks import adapter_names, find_adapter
-from gac_plugin.training.splits import Rows
 
 IMAGES, CLASSES = "Image", "ClassLabel"
 LABELS = ("bool", "int", "uint", "string")

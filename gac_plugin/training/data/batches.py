@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from gac_plugin.errors import UsageError
-from gac_plugin.training.source import Decoded, Part, Source
+from gac_plugin.training.data.source import Decoded, Part, Source
 
 GATHERED, MOST_TOGETHER = 2**20, 16
 """Bytes of stored samples, and number of batches, that are read out of memory at once: several cost little more than

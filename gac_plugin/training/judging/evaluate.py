@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gac_plugin.training.features import Features, make_features
 from gac_plugin.training.generate import generate
-from gac_plugin.training.measures import frechet_distance, how_sure, intervals, measure, precision_recall
+from gac_plugin.training.judging.features import Features, make_features
+from gac_plugin.training.judging.measures import frechet_distance, how_sure, intervals, measure, precision_recall
 from gac_plugin.training.networks import Recipe
 
 __all__ = [
@@ -28,7 +28,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Generated against real samples; see `training.measures` for the figures.
+    """Generated against real samples; see `judging.measures` for the figures.
 
     Attributes:
         features: name of the features.
@@ -47,7 +47,7 @@ class Evaluation:
         split: name of the split that the real samples are of.
         d_gap: mean logit of D on training samples minus on real ones of another split; None where not measured.
         floors: every measure between two halves of the real samples.
-        intervals: by measure; see `training.measures.intervals`. Empty if none were asked for.
+        intervals: by measure; see `judging.measures.intervals`. Empty if none were asked for.
         resamples: how many the intervals were taken from.
     """
 

@@ -29,12 +29,12 @@ from gac_plugin.refine import Refined, refine
 from gac_plugin.tensors import per_sample_mean, per_sample_norm, scale_samples
 from gac_plugin.training.checkpoint import DamagedCheckpoint, read_checkpoint
 from gac_plugin.training.data import codec_of
+from gac_plugin.training.data.images import ImageCodec
 from gac_plugin.training.files import write_json, write_whole
 from gac_plugin.training.generate import class_labels, draw_latents
 from gac_plugin.training.hub import load_discriminator, load_generator, network_folder, read_recipe
-from gac_plugin.training.images import ImageCodec
+from gac_plugin.training.judging.sheets import letters, overlay, pictures, stacked, write_bars, write_sheet
 from gac_plugin.training.networks import Recipe
-from gac_plugin.training.sheets import letters, overlay, pictures, stacked, write_bars, write_sheet
 
 STRETCH = 0.05
 """Length of the change, relative to the sample, that is seen through a codec's picture."""

@@ -8,8 +8,8 @@ from PIL import Image as Picture
 from PIL import UnidentifiedImageError
 
 from gac_plugin.errors import UsageError
-from gac_plugin.training.source import first_line
-from gac_plugin.training.unreadable import UnreadableError
+from gac_plugin.training.data.source import first_line
+from gac_plugin.training.data.unreadable import UnreadableError
 
 GREY_MODES = {"1", "L", "LA"}
 

@@ -1,0 +1,1 @@
+"""How good a generator is and why: figures, memorised samples, findings, maps."""
