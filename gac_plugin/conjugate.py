@@ -89,10 +89,12 @@ def conjugate_step(blocks: Sequence[Block], rule: BetaRule, beta_max: float) -> 
         return None
 
     directions = [sharp(block.covectors) for block, sharp in zip(blocks, sharps, strict=True)]
+    shares = [inner_parts(block.covectors, u) for block, u in zip(blocks, directions, strict=True)]
     products = _inner_products(blocks, sharps, directions, rule)
+    products.gu = total([share for block in shares for share in block])
     beta = conjugate_beta(rule, products, beta_max)
-    for block, u in zip(blocks, directions, strict=True):
-        _remember(block, u, rule)
+    for block, u, share in zip(blocks, directions, shares, strict=True):
+        _remember(block, share, rule)
         d = block.kept("direction")
         torch._foreach_mul_(d, beta.to(d[0].device, d[0].dtype))
         torch._foreach_add_(d, u)
@@ -131,8 +133,8 @@ def _kept(blocks: Sequence[Block], entry: str) -> list[Any]:
     return [value for block in blocks for value in block.kept(entry)]
 
 
-def _remember(block: Block, u: list[Tensor], rule: BetaRule) -> None:
-    copy_(block.kept("inner"), inner_parts(block.covectors, u))
+def _remember(block: Block, shares: list[Tensor], rule: BetaRule) -> None:
+    copy_(block.kept("inner"), shares)
     if rule.uses_change:
         copy_(block.kept("covector"), block.covectors)
 

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from gac_plugin.errors import UsageError
-from gac_plugin.losses import Loss, Objective
 from gac_plugin.protocols import Backward, Scaler
 
 
@@ -108,33 +107,18 @@ def pullback(samples: Tensor, covector: Tensor, accelerator: Backward | None = N
         accelerator.backward((samples * covector).sum())
 
 
-def logit_derivatives(loss: Loss, generator: Objective, real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Derivatives of the mean losses with respect to the logits, for the fused schedule.
+def keep_visible(loss: Tensor, logits: Tensor) -> Tensor:
+    """loss + floor sum_i l_i, with the square root of the smallest normal number for floor: no dL/dl_i is 0 any more.
+
+    In the fused schedule one backward pass serves both networks: the gradient v_i dl/dx that D's loss leaves at sample
+    i, v_i = dL/dl_i, is divided by v_i again. A sample that D's loss ignores (hinge beyond its margin, a saturated
+    sigmoid) would be lost. With a weight of 1e-19, in float32, it comes through to full precision, and what that adds
+    to the loss and to D's gradient is far below rounding. Only where D's loss ignores the whole batch is there nothing
+    else in that gradient: an optimizer that steps by its sign alone would then move D; the eps of Adam and of
+    `spectral` keeps it still.
 
     Args:
-        loss: the discriminator's loss.
-        generator: what the generator minimises.
-        real, fake: logits of equal shape.
-
-    Returns:
-        v_r and v_f, derivatives of the discriminator's mean loss with respect to the real and generated logits, and w,
-        derivative of the generator's mean loss with respect to the generated logits; shapes of the logits.
+        loss: D's loss, 0-dimensional.
+        logits: of the generated samples, with their graph.
     """
-    real, fake = real.detach().requires_grad_(True), fake.detach().requires_grad_(True)
-    with torch.enable_grad():
-        v_real, v_fake = torch.autograd.grad(loss.discriminator(real, fake).mean(), (real, fake))
-        (w,) = torch.autograd.grad(generator(real, fake).mean(), fake)
-    return v_real, v_fake, w
-
-
-def keep_visible(v: Tensor) -> Tensor:
-    """Replace derivatives too small to divide by, zero among them, by the square root of the smallest normal number.
-
-    In the fused schedule one backward pass, weighted with v, serves both networks: its input gradient v_i dl/dx is
-    divided by v_i again. A sample that D's loss ignores (hinge beyond its margin, a saturated sigmoid) would be lost.
-    With this weight, 1e-19 in float32, it comes through to full precision, and what it adds to D's gradient is far
-    below rounding. Only where D's loss ignores the whole batch is there nothing else in that gradient: an optimizer
-    that steps by its sign alone would then move D; the eps of Adam and of `spectral` keeps it still.
-    """
-    floor = torch.finfo(v.dtype).tiny ** 0.5
-    return torch.where(v.abs() < floor, torch.full_like(v, floor), v)
+    return torch.add(loss, logits.sum(), alpha=torch.finfo(logits.dtype).tiny ** 0.5)

@@ -30,7 +30,6 @@ from gac_plugin.cotangent import (
     cotangent,
     frozen,
     keep_visible,
-    logit_derivatives,
     pullback,
     reshard,
     sharded_parts,
@@ -230,10 +229,13 @@ class GAC:
             to_discriminator={**conditions, **(discriminator_conditions or {})},
         )
         if self.schedule == "fused":
-            return self._fused_step(real, batch)
-        if self._window or not window_ends(self.accelerator):
-            return self._accumulated_step(real, batch)
-        return self._fresh_step(real, batch)
+            gather = self._fused
+        elif self._window or not window_ends(self.accelerator):
+            gather = self._accumulated
+        else:
+            gather = self._fresh
+        stats = gather(real, batch)  # samples, covectors and graphs are gone when G's optimizer takes its memory
+        return stats | self._step_generator()
 
     def discriminator_step(self, real: Tensor, fake: Tensor, **conditions: Any) -> Stats:
         """Update the discriminator on real and generated samples; see `step`.
@@ -302,15 +304,15 @@ class GAC:
         self._walk.load_state_dict(state.get("walk", {"steps": self._discriminator_steps, "previous": []}))
         self._update_d.skipped, self._update_g.skipped = state.get("skipped_d", 0), state.get("skipped_g", 0)
 
-    def _fresh_step(self, real: Tensor, batch: Batch) -> Stats:
-        """D first, then G by the covectors of the updated D at the same samples."""
+    def _fresh(self, real: Tensor, batch: Batch) -> Stats:
+        """Update D; then G's gradient by the covectors of the updated D at the same samples."""
+        self._update_g.release()
         fake = self._generate(batch)
         stats = self._discriminator_step(real, fake, batch.to_discriminator)
-        ascent = self._pull_back(fake, batch.paired, batch.to_discriminator)
-        return stats | ascent | self._step_generator()
+        return stats | self._pull_back(fake, batch.paired, batch.to_discriminator)
 
-    def _accumulated_step(self, real: Tensor, batch: Batch) -> Stats:
-        """One batch of a window. At its end D is updated on the whole window, and only then G, at the same samples.
+    def _accumulated(self, real: Tensor, batch: Batch) -> Stats:
+        """One batch of a window. At its end update D on the whole window; only then G's gradient, at the same samples.
 
         The covectors of every batch are those of the updated D, as in a step on one large batch. No graph of G outlives
         its batch: the samples are made again from their latents, at the price of one more forward pass of G.
@@ -328,21 +330,18 @@ class GAC:
                 ascents.append(self._pull_back(self._generate(batch), batch.paired, batch.to_discriminator))
         ascents.append(self._pull_back(self._generate(last), last.paired, last.to_discriminator))
         means = {name: torch.stack([ascent[name] for ascent in ascents]).mean() for name in ascents[0]}
-        return stats | means | self._step_generator()
+        return stats | means
 
-    def _fused_step(self, real: Tensor, batch: Batch) -> Stats:
-        """Both updates from one backward pass of D, weighted so that D's gradient and G's covector come out of it."""
+    def _fused(self, real: Tensor, batch: Batch) -> Stats:
+        """Update D; G's gradient by what D's own backward pass leaves at the samples, weighted anew."""
+        self._update_g.release()
         fake = self._generate(batch)
         judged = self._judge(real, fake, batch.to_discriminator, keep_input_gradient=True)
         (real_logits,), (fake_logits,) = judged.real_logits, judged.fake_logits
-        v_real, v_fake, w = logit_derivatives(self.loss, self._objective, real_logits, fake_logits)
+        w, loss_g = cotangent(lambda logits: self._objective(real_logits.detach(), logits).mean(), fake_logits)
         fake_logits.retain_grad()
-        with torch.no_grad():
-            loss_d = self.loss.discriminator(real_logits, fake_logits).mean()
-            loss_g = self._objective(real_logits, fake_logits).mean()
-        # the chain rule, cut at the logits: its gradient in D's parameters is that of the mean loss
-        cut = (real_logits * v_real).sum() + (fake_logits * keep_visible(v_fake)).sum()
-        stats = judged.stats(loss_d, self._measures_discriminator) | self._update_discriminator(cut, judged.penalty)
+        loss_d = keep_visible(self.loss.discriminator(real_logits, fake_logits).mean(), fake_logits)
+        stats = judged.stats(loss_d, self._measures_discriminator) | self._update_discriminator(loss_d, judged.penalty)
 
         if judged.fake_gradient is not None:  # R2 has measured dl/dx already
             covector = scale_samples(w.reshape(-1), judged.fake_gradient.detach())
@@ -352,7 +351,7 @@ class GAC:
             covector = scale_samples((w / fake_logits.grad).reshape(-1), judged.fake.grad)
         self._update_g.begin()
         pullback(fake, covector, self.accelerator)
-        return stats | self._ascent_stats(loss_g, covector) | self._step_generator()
+        return stats | self._ascent_stats(loss_g, covector)
 
     def _generate(self, batch: Batch) -> Tensor:
         fake = self.generator(batch.z, **batch.to_generator)

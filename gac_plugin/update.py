@@ -60,6 +60,11 @@ class Update:
         self.left_out = False
         self._window_starts = True
 
+    def release(self) -> None:
+        """Before a window, drop gradients that are used up, for their memory; `begin` clears what has come since."""
+        if self._window_starts:
+            plain(self.optimizer).zero_grad()
+
     def begin(self) -> None:
         """Clear the gradients at the start of a window; what other code has left in them does not count."""
         if self._window_starts:

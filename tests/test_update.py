@@ -87,6 +87,49 @@ def test_what_other_code_left_in_the_gradients_does_not_count(pair, latents, sch
     assert torch.equal(parameters(littered), parameters(clean))
 
 
+class Shifted(nn.Module):
+    """G(z) = z + b"""
+
+    def __init__(self, shift):
+        super().__init__()
+        self.shift = shift
+
+    def forward(self, z):
+        return z + self.shift
+
+
+class Product(Shifted):
+    """D(x) = <w + b, x>, with the same b"""
+
+    def __init__(self, shift):
+        super().__init__(shift)
+        self.weight = nn.Parameter(torch.tensor([1.0, 0.5], dtype=torch.float64))
+
+    def forward(self, x):
+        return x @ (self.weight + self.shift)
+
+
+@pytest.mark.parametrize("schedule", ["fresh", "fused"])
+def test_what_a_discriminator_leaves_in_a_parameter_that_the_generator_shares_does_not_count(schedule):
+    shift = nn.Parameter(torch.tensor([0.3, -0.2], dtype=torch.float64))
+    generator, discriminator = Shifted(shift), Product(shift)
+    real, z = torch.randn(2, 5, 2, dtype=torch.float64)
+    fake, before = z + shift.detach(), shift.detach().clone()
+    stale = discriminator.weight.detach().clone()
+    gac = GAC(
+        generator,
+        discriminator,
+        torch.optim.SGD([shift], 0.1),
+        torch.optim.SGD([discriminator.weight], 0.1),
+        schedule=schedule,
+    )
+    gac.step(real, z)
+    slope = before + (discriminator.weight.detach() if schedule == "fresh" else stale)
+    # the gradient of -log D(G(z)) with D held: -(1 - D) dl/dx, and dG/db = 1
+    expected = -(1 - torch.sigmoid(fake @ slope)).mean() * slope
+    torch.testing.assert_close(shift.grad, expected, rtol=1e-12, atol=0)
+
+
 def test_a_clipped_step_is_the_step_along_the_gradient_of_that_norm(pair, latents):
     real, z = torch.randn(8, 4, dtype=torch.float64), latents(8)
     free, clipped = make(pair, max_norm=1e9), make(pair, max_norm=0.01)
