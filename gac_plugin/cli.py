@@ -1,9 +1,10 @@
-"""The command line: `gac train | sample | refine | evaluate | explain | publish | demo | info`."""
+"""The command line: `gac train | sample | refine | evaluate | explain | report | publish | demo | info`."""
 
 import argparse
 import json
 import math
 import platform
+import webbrowser
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from importlib.metadata import version
@@ -33,13 +34,14 @@ from gac_plugin.training.assess import DATA_SETTINGS, RESAMPLES, assess, table
 from gac_plugin.training.card import CARD, TRAINING
 from gac_plugin.training.config import PRESETS, Config, field_type
 from gac_plugin.training.data import codec_of
-from gac_plugin.training.files import write_json
+from gac_plugin.training.files import COMPARISON, REPORT, write_json
 from gac_plugin.training.generate import GENERATION_BATCH, class_labels, draw_latents, generate
 from gac_plugin.training.hub import load_discriminator, load_generator, network_folder, read_recipe
 from gac_plugin.training.judging.features import FEATURES
 from gac_plugin.training.judging.maps import explain
 from gac_plugin.training.networks import Recipe, adapter_names, adapter_options, find_adapter
 from gac_plugin.training.publish import described, push_to_hub
+from gac_plugin.training.report import write_reports
 
 MOST_SAMPLES, MOST_STEPS = 100_000, 10_000
 SPACES = ("latent", "sample")
@@ -158,6 +160,18 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the latents (default: 0)")
     explain.set_defaults(run=_explain)
 
+    report = commands.add_parser(
+        "report",
+        help="write what there is to see of a run, or of several side by side, as one HTML file",
+        description=f"Write RUN/{REPORT}, one file to open in a browser; with several runs also a comparison, into "
+        f"the first one's folder as {COMPARISON}. A run that goes on is shown as far as it is.",
+        allow_abbrev=False,
+    )
+    report.add_argument("runs", nargs="+", metavar="RUN", help="run folder")
+    report.add_argument("--out", metavar="FILE", help=f"file instead of RUN/{REPORT}, or of the comparison")
+    report.add_argument("--open", action="store_true", help="open it in the browser")
+    report.set_defaults(run=_report)
+
     publish = commands.add_parser(
         "publish",
         help="put the generator of a run on the Hub",
@@ -211,6 +225,15 @@ def _explain(arguments: argparse.Namespace) -> None:
     for sentence in explain(arguments.model, out, arguments.n, arguments.seed, arguments.revision):
         print(f"- {sentence}")
     print(f"pictures in {out}")
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    out = None if arguments.out is None else Path(arguments.out)
+    written = write_reports([Path(folder) for folder in arguments.runs], out)
+    for path in written:
+        print(f"report in {path}")
+    if arguments.open:
+        webbrowser.open(written[-1].resolve().as_uri())
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:

@@ -11,9 +11,11 @@ from accelerate import PartialState
 
 from gac_plugin.errors import exit_code
 from gac_plugin.training.config import GROUPS, PRESETS, Config, field_type, make_config, read_config
-from gac_plugin.training.files import MARK
+from gac_plugin.training.files import MARK, REPORT
 from gac_plugin.training.journal import METRICS
+from gac_plugin.training.judging.evaluate import Evaluation
 from gac_plugin.training.judging.findings import Finding, findings, read_metrics
+from gac_plugin.training.judging.measures import MEASURES
 from gac_plugin.training.loop import Result, train
 from gac_plugin.training.processes import leave
 from gac_plugin.training.stopping import Stop
@@ -71,8 +73,7 @@ def summary(result: Result) -> str:
     if (evaluation := result.evaluation) is not None:
         rows += [
             ("Frechet distance", f"{evaluation.frechet:.2f}  (two halves of the real samples: {evaluation.floor:.2f})"),
-            ("precision", f"{evaluation.precision:.3f}"),
-            ("recall", f"{evaluation.recall:.3f}"),
+            *_measures(evaluation),
             *((name.replace("_", " "), f"{value:.3f}") for name, value in evaluation.figures.items()),
         ]
         if evaluation.recognised is not None:
@@ -91,8 +92,16 @@ def summary(result: Result) -> str:
         ("samples in", str(result.folder / "samples")),
         ("generator", str(result.folder / "generator")),
     ]
+    if (result.folder / REPORT).is_file():
+        rows.append(("report", str(result.folder / REPORT)))
     width = max(len(name) for name, _ in rows)
     return "\n" + "".join(f"{name:<{width}}  {value}\n" for name, value in rows)
+
+
+def _measures(evaluation: Evaluation) -> list[tuple[str, str]]:
+    """The figures that every evaluation has, but for the Frechet distance."""
+    told = {one.title: getattr(evaluation, name) for name, one in MEASURES.items() if name != "frechet"}
+    return [(title, f"{value:.3f}") for title, value in told.items() if value is not None]
 
 
 def spoken(told: Sequence[Finding]) -> str:

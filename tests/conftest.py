@@ -118,3 +118,24 @@ class HostReads(TorchDispatchMode):
 @pytest.fixture
 def host_reads() -> type[HostReads]:
     return HostReads
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _closing() -> Iterator[Callable[..., None]]:
+    """A run in these tests ends without its report, which takes half a second; see `reports`."""
+    from gac_plugin.training.report import LiveReport
+
+    close = LiveReport.close
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LiveReport, "close", lambda self: None)
+        yield close
+
+
+@pytest.fixture(scope="module")
+def reports(_closing) -> Iterator[None]:
+    """Runs in this module end with their report, as they do for users."""
+    from gac_plugin.training.report import LiveReport
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LiveReport, "close", _closing)
+        yield

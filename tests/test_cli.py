@@ -36,7 +36,7 @@ def test_training_ends_with_a_table(tmp_path, capsys):
     assert re.search(r"Frechet distance +\d+\.\d\d +\(two halves of the real samples: \d+\.\d\d\)", out)
     assert re.search(r"features +64 features of a classifier trained on this data set \(accuracy \d\d\.\d%", out)
     assert re.search(r"samples +40 generated, 360 real", out)
-    for name in ("precision", "recall", "seconds", "samples per second", "generator"):
+    for name in ("kernel distance", "precision", "recall", "density", "coverage", "seconds", "generator"):
         assert re.search(rf"^{name} +\S", out, re.MULTILINE)
     assert re.search(r"loss D \d.*loss G \d.*D\(x\) 0\.\d+ D\(G\(z\)\) 0\.\d+", progress)
 

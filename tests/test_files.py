@@ -92,6 +92,17 @@ def test_a_folder_that_holds_a_run_is_replaced_only_when_told(tmp_path):
         assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"], "files that are not the run's stay"
 
 
+def test_all_that_a_run_leaves_is_cleared_and_nothing_else(tmp_path):
+    left = ["config.json", "metrics.jsonl", "evaluation.json", "environment.json", "memorisation.json", "report.html"]
+    left += ["memorisation.png", "samples/step-0000001.png", "maps/step-0000001.png", "generator/model.safetensors"]
+    mine = ["comparison.html", "maps.txt", "my samples/a.png"]
+    for name in (*left, *mine):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("")
+    clear_run(tmp_path)
+    assert sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()) == mine
+
+
 def test_a_folder_with_something_else_is_not_touched(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(UsageError, match="is not empty and holds no run"), run_folder(tmp_path, overwrite=True):
@@ -112,13 +123,13 @@ def test_what_a_killed_process_left_half_written_is_swept_and_nothing_else(tmp_p
         "import os, sys; from pathlib import Path; from gac_plugin.training.files import write_whole;"
         "write_whole(Path(sys.argv[1]), lambda temporary: os.kill(os.getpid(), 9))"
     )
-    for name in ("samples/step-0000100.png", "generator/model.safetensors", "metrics.jsonl"):
+    for name in ("samples/step-0000100.png", "maps/step-0000100.png", "generator/model.safetensors", "report.html"):
         subprocess.run([sys.executable, "-c", program, tmp_path / name], check=False, timeout=60)
     kept = [tmp_path / name for name in ("samples/step-0000050.png", "samples/.notes.txt", ".hidden-notes.md")]
     for path in kept:
         path.write_text("mine")
     files = {path for path in tmp_path.rglob("*") if path.is_file()}
-    assert len(files) == 3 + len(kept), "each kill leaves a file behind"
+    assert len(files) == 4 + len(kept), "each kill leaves a file behind"
     sweep_run(tmp_path)
     assert {path for path in tmp_path.rglob("*") if path.is_file()} == set(kept)
 

@@ -27,7 +27,7 @@ def _fresh_accelerate():
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(reports, tmp_path_factory):
     return train(make_config({**SMALL, "output_dir": str(tmp_path_factory.mktemp("runs") / "run"), "cpu": True}))
 
 
@@ -38,12 +38,16 @@ def test_a_run_folder_holds_what_the_documentation_says(run):
         "config.json",
         "discriminator/config.json",
         "discriminator/model.safetensors",
+        "environment.json",
         "evaluation.json",
         "generator/README.md",
         "generator/config.json",
         "generator/model.safetensors",
         "generator/samples.png",
+        "maps/step-0000020.png",
+        "maps/step-0000025.png",
         "metrics.jsonl",
+        "report.html",
         "samples/step-0000020.png",
         "samples/step-0000025.png",
     ]

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -26,6 +27,7 @@ from gac_plugin.training.judging.maps import (
     randomisation_check,
     rank_correlation,
     wishes,
+    write_stage,
 )
 from gac_plugin.training.judging.sheets import LESS, MORE, letters, overlay, write_bars, write_sheet
 from gac_plugin.training.networks import Recipe
@@ -277,6 +279,40 @@ def test_explain_repeats_for_a_seed(run, tmp_path):
         explain(str(run), tmp_path / name, count=2, seed=seed)
         pictures.append((tmp_path / name / "maps.png").read_bytes())
     assert pictures[0] == pictures[1] != pictures[2]
+
+
+def test_explain_takes_a_model_from_the_hub_that_was_published_with_its_discriminator(run, tmp_path, hub):
+    repository = tmp_path / "repository"
+    shutil.copytree(run / "generator", repository)
+    hub.add_folder("ada/model", repository, "model")
+    with pytest.raises(UsageError, match="'ada/model' has no discriminator/"):
+        explain("ada/model", tmp_path / "out", 3)
+    shutil.copytree(run / "discriminator", repository / "discriminator")
+    hub.add_folder("ada/model", repository, "model")
+    told = explain("ada/model", tmp_path / "out", 3)
+    [mine] = [sentence for sentence in explain(str(run), tmp_path / "mine", 3) if sentence.startswith("D's logit")]
+    assert told[0] == mine
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "maps.png",
+        "refine.png",
+        "layers.png",
+        "layers.json",
+    }
+    assert (tmp_path / "out" / "maps.png").read_bytes() == (tmp_path / "mine" / "maps.png").read_bytes()
+
+
+def test_a_stage_of_training_is_drawn_narrow_enough_for_a_phone(tmp_path):
+    codec = TextCodec("\0 abenortv", 15)
+    arguments = {"sample_shape": list(codec.sample_shape), "latent_size": 8, "width": 8, "depth": 2, "output": "tanh"}
+    recipe = Recipe("text", arguments, codec.to_json())
+    networks = recipe.generator(), recipe.discriminator()
+    write_stage(tmp_path / "stage.png", *networks, codec, torch.randn(4, 8), {})
+    with Picture.open(tmp_path / "stage.png") as picture:
+        assert picture.width < 520
+    for parameter in networks[1].parameters():
+        parameter.data.fill_(math.nan)
+    write_stage(tmp_path / "none.png", *networks, codec, torch.randn(4, 8), {})
+    assert not (tmp_path / "none.png").exists()
 
 
 @pytest.mark.parametrize("adapter", ["text", "speech"])

@@ -40,7 +40,7 @@ COUNT = 64
 """Samples in the picture: those that `gac sample` makes without further flags."""
 TEXTS_SHOWN = 16
 APART = (
-    *("dataset", "tracker", "cpu", "workers", "memory", "max_unreadable"),
+    *("dataset", "tracker", "report", "cpu", "workers", "memory", "max_unreadable"),
     *("log_every", "sample_every", "checkpoint_every", "keep_checkpoints"),
 )
 """Settings that say nothing of how the generator came to be, or are told elsewhere on the card."""

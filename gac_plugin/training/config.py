@@ -122,6 +122,7 @@ class Config:
         0, "steps from one evaluation to the next; 0: at the end, and for --until with checkpoints"
     )
     tracker: str | None = setting(None, "trackers of accelerate to log to as well, such as tensorboard or wandb,mlflow")
+    report: bool = setting(True, "keep report.html, and maps/ for it, up to date while training (see gac report)")
 
     checkpoint_every: int = setting(1_000, "steps from one checkpoint to the next; 0 for none")
     keep_checkpoints: int = setting(3, "newest checkpoints to keep; the best evaluated one is kept as well")
@@ -215,7 +216,8 @@ class Config:
 _PLACE = ("output_dir", "overwrite", "resume")
 MAY_CHANGE = frozenset(
     (
-        *("steps", "until", "max_hours", "max_skipped", "workers", "memory", "max_unreadable", "cpu", "tracker"),
+        *("steps", "until", "max_hours", "max_skipped", "workers", "memory", "max_unreadable"),
+        *("cpu", "tracker", "report"),
         *("log_every", "sample_every", "evaluate_every", "evaluation_samples", "checkpoint_every", "keep_checkpoints"),
     )
 )

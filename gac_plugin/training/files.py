@@ -18,8 +18,9 @@ from gac_plugin.errors import UsageError
 
 MARK = "config.json"
 """The file that tells a run folder."""
-PARTS = ("samples", "checkpoints", "logs", "generator", "discriminator")
+PARTS = ("samples", "maps", "checkpoints", "logs", "generator", "discriminator")
 """The folders in a run folder."""
+REPORT, COMPARISON = "report.html", "comparison.html"
 HALF_WRITTEN = re.compile(r"\.[\w-]+-[a-z0-9_]{8}\.\w+")
 """What `write_whole` calls a file until it is whole."""
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
@@ -140,7 +141,7 @@ def clear_run(folder: Path) -> None:
     """Take away the files of a run that stands in the folder; anything else in it is never touched."""
     for part in PARTS:
         shutil.rmtree(folder / part, ignore_errors=True)
-    for part in ("metrics.jsonl", "evaluation.json", MARK):
+    for part in ("metrics.jsonl", "evaluation.json", "environment.json", REPORT, MARK):
         (folder / part).unlink(missing_ok=True)
     sweep_run(folder)
 

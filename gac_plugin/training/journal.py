@@ -2,7 +2,9 @@
 
 import json
 import math
+import platform
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType
 from torch import Tensor, nn
 
+from gac_plugin import __version__
 from gac_plugin.cotangent import evaluating
 from gac_plugin.errors import UsageError, resolve
 from gac_plugin.protocols import Codec
@@ -22,7 +25,7 @@ from gac_plugin.training.generate import render
 from gac_plugin.training.health import Health, diversity, nearest_distance
 
 GRID = 64
-METRICS = "metrics.jsonl"
+METRICS, ENVIRONMENT = "metrics.jsonl", "environment.json"
 SHOWN = {"loss_d": "loss D", "loss_g": "loss G", "d_real": "D(x)", "d_fake": "D(G(z))", "beta": "beta"}
 
 
@@ -43,7 +46,7 @@ def tracker_names(wanted: str | None) -> list[str]:
 
 
 class Journal:
-    """Writes `config.json`, `metrics.jsonl` and `samples/`, and tells trackers; for the main process.
+    """Writes `config.json`, `environment.json`, `metrics.jsonl`, `samples/`, and tells trackers; for the main process.
 
     Args:
         config: of the run.
@@ -81,6 +84,7 @@ class Journal:
             sweep_run(self.folder)
             write_whole(self.folder / METRICS, lambda temporary: _write_text(temporary, metrics))
         write_json(self.folder / MARK, self.config.to_json())
+        write_json(self.folder / ENVIRONMENT, self._environment())
         if self.accelerator.log_with:
             settings = {name: "" if value is None else value for name, value in self.config.to_json().items()}
             self.accelerator.init_trackers("gac", settings)
@@ -123,6 +127,18 @@ class Journal:
         with evaluating(generator):
             samples = generator(self.latents[: self.compared], **conditions)
         return {"diversity": diversity(samples, self.real_distance)}
+
+    def _environment(self) -> dict[str, str]:
+        """What the run is made with, beside its settings."""
+        device = self.accelerator.device
+        kind = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+        return {
+            "gac-plugin": __version__,
+            "python": platform.python_version(),
+            **{library: version(library) for library in ("torch", "accelerate")},
+            "device": f"{device.type} ({kind})",
+            "processes": str(self.accelerator.num_processes),
+        }
 
     def take(self, stats: Stats) -> None:
         """Remember a step's statistics."""

@@ -1,6 +1,7 @@
 """The main job: train a generator on a data set with GAC, and leave a run folder behind.
 
-config.json  metrics.jsonl  samples/step-N.png  checkpoints/step-N/  generator/  discriminator/  evaluation.json
+config.json  metrics.jsonl  samples/step-N.png  maps/step-N.png  checkpoints/step-N/  generator/  discriminator/
+environment.json  evaluation.json  report.html
 """
 
 import sys
@@ -33,10 +34,12 @@ from gac_plugin.training.health import Health
 from gac_plugin.training.hub import save_network
 from gac_plugin.training.journal import GRID, METRICS, Journal, tracker_names
 from gac_plugin.training.judging.evaluate import Evaluation, Features, evaluate, generated_samples, make_features
+from gac_plugin.training.judging.maps import STRIPS, write_stage
 from gac_plugin.training.judging.memorisation import discriminator_gap
 from gac_plugin.training.networks import Recipe, choose_recipe
 from gac_plugin.training.processes import everyones, from_main, main_only, require_one_run, together
 from gac_plugin.training.random_states import RandomStates
+from gac_plugin.training.report import LiveReport
 from gac_plugin.training.stopping import Goal, Signals, Stop
 
 AGREE_EVERY = 10
@@ -101,7 +104,10 @@ def train(config: Config) -> Result:
         with together():
             run = _Run(config, folder, accelerator, recipe, (generator, discriminator), data)
         run.resume()
-        return run.go()
+        try:
+            return run.go()
+        finally:
+            run.leave_report()
 
 
 class _Run:
@@ -126,6 +132,7 @@ class _Run:
         self.health = Health(self.game.gac.loss, _say)
         few = self.codec.to_samples(self.feed.known(GRID).values.to(accelerator.device))
         self.journal = Journal(config, self.codec, recipe.classes, folder, accelerator, self.health, few)
+        self.report = LiveReport(folder, _say)
         self.checkpoints: Checkpoints | None = None
         self.features: Features | None = None
         self.evaluation: tuple[int, Evaluation] | None = None
@@ -247,15 +254,37 @@ class _Run:
         last = step == config.steps
         if step % config.sample_every == 0 or last:
             self.journal.draw(step, self.game.average.network)
+            if config.report:
+                self._draw_maps()
         extra: dict[str, Any] = {"skipped": self.game.gac.skipped} if self.game.gac.skipped else {}
         if self._evaluation_due:
             extra |= self._evaluate().scores
             if not self.best or extra["frechet"] < self.best["frechet"]:
                 self.best = {"step": step, "frechet": extra["frechet"]}
         if step == 1 or step % config.log_every == 0 or last or extra.keys() & {"frechet"}:
-            return self.journal.note(step, stats, seconds, self.game.generator, extra)
+            shown = self.journal.note(step, stats, seconds, self.game.generator, extra)
+            if config.report:
+                self.report.refresh()
+            return shown
         self.journal.take(stats)
         return None
+
+    def _draw_maps(self) -> None:
+        """What D wants changed in a few of the samples from the fixed latents."""
+        labels = self.journal.labels
+        write_stage(
+            self.folder / "maps" / f"step-{self.step:07d}.png",
+            self.game.average.network,
+            self.game.discriminator,
+            self.codec,
+            self.journal.latents[:STRIPS],
+            {} if labels is None else {"labels": labels[:STRIPS]},
+        )
+
+    def leave_report(self) -> None:
+        """The last report, however the run has ended; of one that has written nothing there is none."""
+        if self.config.report and self.main and self.checkpoints is not None:
+            self.report.close()
 
     @property
     def _evaluation_due(self) -> bool:

@@ -48,8 +48,8 @@ STRIPS = 4
 """Samples in the film and along training."""
 STAGES = 8
 """Checkpoints along training, at most."""
-WIDTH = 1000
-"""Pixels of all maps in a row, about."""
+WIDTH, NARROW = 1000, 520
+"""Pixels of all maps in a row, about; and of those along training, which a phone shows."""
 UNLIKE = 0.5
 """Maps whose rank correlation is below are taken to be different ones."""
 MOST = 64
@@ -269,6 +269,26 @@ def explain(model: str, out: Path, count: int = 8, seed: int = 0, revision: str 
     ]
 
 
+def write_stage(
+    path: Path, generator: nn.Module, discriminator: nn.Module, codec: Codec, z: Tensor, conditions: Mapping[str, Any]
+) -> None:
+    """Write the maps of some samples as they are at a step of training, which goes on as if nobody had looked.
+
+    Nothing is written while they are not finite.
+
+    Args:
+        path: where the picture is to stand.
+        generator, discriminator, z, conditions: see `wishes`; on any device.
+        codec: of the samples.
+
+    Raises:
+        UsageError: it cannot be written.
+    """
+    wish = wishes(generator, discriminator, z, conditions)
+    if wish.covectors.isfinite().all():
+        _write_tiles(path, codec, wish, NARROW)
+
+
 def draw_tiles(codec: Codec) -> tuple[Draw, tuple[str, str] | None]:
     """How samples with their covectors are drawn, and what the two colours mean."""
     if hasattr(codec, "texts"):
@@ -297,15 +317,19 @@ def _letters(codec: Any, numbers: Tensor) -> list[str]:
     return [shown.get(letter, letter) for letter in codec.texts(numbers[:, None])]
 
 
-def _write_maps(pair: Pair, wish: Wish, out: Path) -> str:
-    draw, legend = draw_tiles(pair.codec)
-    tiles = draw(wish.samples, wish.covectors)
+def _write_tiles(path: Path, codec: Codec, wish: Wish, width: int = WIDTH) -> None:
+    draw, legend = draw_tiles(codec)
+    tiles = draw(wish.samples.float().cpu(), wish.covectors.float().cpu())
     captions = [f"logit {logit:+.2g}" for logit in wish.logits.tolist()]
-    rows = math.ceil(len(tiles) * tiles[0].width / WIDTH)
+    rows = math.ceil(len(tiles) * tiles[0].width / width)
     columns = math.ceil(len(tiles) / rows)
     title = "what D wants changed in generated samples" if legend else "below: the letters that D would rather see"
-    write_sheet(out / "maps.png", list(zip(tiles, captions, strict=True)), columns, title, legend)
-    if legend is None:
+    write_sheet(path, list(zip(tiles, captions, strict=True)), columns, title, legend)
+
+
+def _write_maps(pair: Pair, wish: Wish, out: Path) -> str:
+    _write_tiles(out / "maps.png", pair.codec, wish)
+    if hasattr(pair.codec, "texts"):
         _write_letters(pair.codec, wish, out / "letters.txt")
     squares = wish.covectors.flatten(1).square().sort(dim=1, descending=True).values
     tenth = squares[:, : max(1, squares.shape[1] // 10)].sum(dim=1) / squares.sum(dim=1).clamp_min(1e-30)
