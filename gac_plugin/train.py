@@ -57,7 +57,8 @@ def run(arguments: argparse.Namespace) -> None:
     config = make_config(flags, arguments.preset, arguments.config, earlier_settings(flags))
     result = train(config)
     if PartialState().is_main_process and result.stopped is not Stop.TERMINATED:
-        told = findings(read_metrics(result.folder / METRICS), config)
+        evaluation = result.evaluation.to_json() if result.evaluation else None
+        told = findings(read_metrics(result.folder / METRICS), config, evaluation)
         sys.stdout.write(summary(result) + spoken(told))
 
 

@@ -402,5 +402,5 @@ def test_the_gap_of_d_is_the_difference_of_its_mean_logits_and_is_logged(run):
     assert network.training
     assert discriminator_gap(network, Codec(), train, train, CPU, conditional=False) is None
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines if "d_gap" in line] == [15, 30]
+    assert all("d_gap" in line for line in lines)
     assert lines[-1]["d_gap"] == pytest.approx(json.loads((run / "evaluation.json").read_text())["d_gap"], rel=1e-6)

@@ -61,6 +61,8 @@ MUST = {
     "steps too long": [{"update": 0.3}],
     "G stands still": [{"update": 1e-7}],
     "covectors have faded": [{"norm_c": lambda gone: 0.3 * math.exp(-8 * gone)}],
+    "D learns by heart": [{"d_gap": late(0.0, 0.6)}],
+    "far from the data": [{"evaluation": {"frechet": 60.5, "floor": 6.0}}],
     "the best came earlier": [{"frechet": every_quarter(90.0, 40.0, 60.0, 80.0)}],
     "still improving": [{"frechet": every_quarter(90.0, 70.0, 60.0, 50.0)}],
 }
@@ -83,6 +85,13 @@ MUST_NOT = {
     "steps too long": [{"update": late(0.3, 0.1)}],
     "G stands still": [{"update": late(1e-3, 1e-7)}, {"update": 0.0, "norm_g": 0.0}],  # rates fall to 0; saturated
     "covectors have faded": [{"norm_c": lambda gone: 0.3 * math.exp(-3 * gone)}],
+    "D learns by heart": [{"d_gap": late(0.6, 0.4)}, {"d_gap": None}],
+    "far from the data": [
+        {"evaluation": {"frechet": 59.5, "floor": 6.0}},
+        {"evaluation": {"frechet": 60.5}},
+        {"evaluation": {"frechet": 60.5, "floor": 0.0}},
+        {"evaluation": {"frechet": "far", "floor": 6.0}},
+    ],
     "the best came earlier": [{"frechet": every_quarter(90.0, 42.0, 55.0, 50.0)}, {"frechet": late(None, None)}],
     "still improving": [
         {"frechet": every_quarter(90.0, 70.0, 54.0, 50.0)},
@@ -90,6 +99,10 @@ MUST_NOT = {
         {"frechet": lambda gone: 50.0 if gone == 1 else None},
     ],
 }
+
+
+def told(evaluation=None, **curves):
+    return findings(run(**curves), Config(), evaluation)
 
 
 def cases(table):
@@ -102,14 +115,14 @@ def test_every_sign_has_cases():
 
 @pytest.mark.parametrize(("name", "curves"), cases(MUST))
 def test_a_sign_that_is_there_is_told_and_no_other(name, curves):
-    found = findings(run(**curves), Config())
+    found = told(**curves)
     assert [finding.name for finding in found] == [name]
     assert "{" not in found[0].text
 
 
 @pytest.mark.parametrize(("name", "curves"), cases(MUST_NOT))
 def test_a_sign_that_is_not_there_is_not_told(name, curves):
-    assert name not in [finding.name for finding in findings(run(**curves), Config())]
+    assert name not in [finding.name for finding in told(**curves)]
 
 
 def test_a_healthy_run_has_nothing_unusual():

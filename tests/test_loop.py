@@ -57,7 +57,7 @@ def test_metrics_are_written_at_the_first_every_tenth_and_the_last_step(run):
     records = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records] == [1, 10, 20, 25]
     names = {"step", "seconds", "loss_d", "loss_g", "d_real", "d_fake", "penalty", "norm_d", "norm_g", "diversity"}
-    names |= {"accuracy_real", "accuracy_fake", "norm_c", "update"}
+    names |= {"accuracy_real", "accuracy_fake", "norm_c", "update", "d_gap"}
     assert [set(record) - names for record in records] == [set(), *[{"cosine"}] * 3]  # the first step follows none
     assert all(set(record) >= names for record in records)
     seconds = [record["seconds"] for record in records]

@@ -27,7 +27,7 @@ from gac_plugin.training.checkpoint import Checkpoint, Checkpoints, Stateful, ne
 from gac_plugin.training.config import FEWEST_TO_EVALUATE, Config
 from gac_plugin.training.data import Data, load_data
 from gac_plugin.training.data.feed import Batch, Feed
-from gac_plugin.training.data.source import Decoded
+from gac_plugin.training.data.source import Decoded, sample
 from gac_plugin.training.files import next_run, run_folder, write_json
 from gac_plugin.training.game import Game
 from gac_plugin.training.health import Health
@@ -42,6 +42,8 @@ from gac_plugin.training.random_states import RandomStates
 from gac_plugin.training.report import LiveReport
 from gac_plugin.training.stopping import Goal, Signals, Stop
 
+WATCHED = 128
+"""Training samples, and held-out ones, of which D's logits are compared whenever figures are written."""
 AGREE_EVERY = 10
 """Steps from one look at what the other processes know of stopping to the next; a process alone looks at each."""
 
@@ -130,7 +132,8 @@ class _Run:
         self.game.gac.diagnose_every = config.log_every
         self.random = RandomStates()
         self.health = Health(self.game.gac.loss, _say)
-        few = self.codec.to_samples(self.feed.known(GRID).values.to(accelerator.device))
+        self.watched = self.feed.known(WATCHED), sample(data.test, WATCHED)
+        few = self.codec.to_samples(sample(self.watched[0], GRID).values.to(accelerator.device))
         self.journal = Journal(config, self.codec, recipe.classes, folder, accelerator, self.health, few)
         self.report = LiveReport(folder, _say)
         self.checkpoints: Checkpoints | None = None
@@ -262,6 +265,8 @@ class _Run:
             if not self.best or extra["frechet"] < self.best["frechet"]:
                 self.best = {"step": step, "frechet": extra["frechet"]}
         if step == 1 or step % config.log_every == 0 or last or extra.keys() & {"frechet"}:
+            if "d_gap" not in extra and (gap := self._gap(*self.watched)) is not None:
+                extra["d_gap"] = gap
             shown = self.journal.note(step, stats, seconds, self.game.generator, extra)
             if config.report:
                 self.report.refresh()
@@ -350,7 +355,7 @@ class _Run:
             if self.features is None:
                 samples = kind_of(self.recipe).samples
                 self.features = make_features(self._pictures(train), pictures, config.seed, device, samples=samples)
-            network, conditional = self.game.average.network, bool(self.recipe.classes)
+            network = self.game.average.network
             stored, labels = generated_samples(
                 network, self.recipe, self.feed.labels, config.evaluation_samples, config.seed, device
             )
@@ -358,9 +363,12 @@ class _Run:
             figures = self.codec.figures(seen.cpu(), test.values.cpu(), stored.cpu())
             real, generated = pictures.values.to(device), self.codec.pictures(stored)
             found = evaluate(self.features, real, generated, labels, figures, test.split)
-            gap = discriminator_gap(self.game.discriminator, self.codec, train, test, device, conditional)
-            self.evaluation = self.step, replace(found, d_gap=gap)
+            self.evaluation = self.step, replace(found, d_gap=self._gap(train, test))
         return self.evaluation[1]
+
+    def _gap(self, train: Decoded, held_out: Decoded) -> float | None:
+        device, conditional = self.accelerator.device, bool(self.recipe.classes)
+        return discriminator_gap(self.game.discriminator, self.codec, train, held_out, device, conditional)
 
     def _pictures(self, stored: Decoded) -> Decoded:
         return replace(stored, values=self.codec.pictures(stored.values))

@@ -35,6 +35,10 @@ SATURATED = 1e-6
 """G is saturated when its gradient is below this share of the covectors that were pulled back to it."""
 FADED = 0.01
 """Covectors have faded when they are below this share of their norm in the first quarter."""
+BY_HEART = 0.5
+"""D learns its samples by heart when its mean logit is so much higher on training samples than on held-out ones."""
+FAR = 10
+"""G is far from the data when its Frechet distance is more than so many times that of two halves of the real ones."""
 BETTER, WORSE = 0.1, 0.2
 """A run still improves when its Frechet distance falls by this share in the last quarter; the best came earlier when it
 is lower than the last one by this share. Two seeds of one recipe differ by about 0.1."""
@@ -60,10 +64,12 @@ class Curves:
 
     Args:
         records: lines of `metrics.jsonl`.
+        evaluation: at the end of the run, as `evaluation.json` holds it; {} for none.
     """
 
-    def __init__(self, records: Sequence[Mapping[str, Any]]) -> None:
+    def __init__(self, records: Sequence[Mapping[str, Any]], evaluation: Mapping[str, Any] | None = None) -> None:
         self.records = records
+        self.evaluation = evaluation or {}
 
     def points(self, name: str) -> list[tuple[int, float]]:
         """Steps and figures."""
@@ -103,17 +109,20 @@ class Sign:
     text: str
 
 
-def findings(records: Sequence[Mapping[str, Any]], config: Config) -> list[Finding]:
+def findings(
+    records: Sequence[Mapping[str, Any]], config: Config, evaluation: Mapping[str, Any] | None = None
+) -> list[Finding]:
     """What the figures of a run say, the gravest first; "nothing unusual" where no sign is there.
 
     Args:
         records: lines of its `metrics.jsonl`, oldest first. Figures that they lack are passed over.
         config: of the run.
+        evaluation: at its end, likewise.
     """
     if len(records) < FEWEST:
         text = f"{len(records)} lines of metrics are too few to tell; train longer, or lower --log-every"
         return [Finding("too short", text)]
-    curves = Curves(records)
+    curves = Curves(records, evaluation)
     found = [(sign, sign.evidence(curves, config)) for sign in SIGNS]
     told = [Finding(sign.name, sign.text.format(**evidence)) for sign, evidence in found if evidence is not None]
     return told or [Finding("nothing unusual", "nothing unusual in the figures")]
@@ -198,6 +207,17 @@ def _covectors_faded(curves: Curves, config: Config) -> Evidence | None:
     return {"share": late / early} if faded else None  # type: ignore[operator]
 
 
+def _learns_by_heart(curves: Curves, config: Config) -> Evidence | None:
+    gap = curves.late("d_gap")
+    return {"gap": gap} if gap is not None and gap > BY_HEART else None
+
+
+def _far_from_the_data(curves: Curves, config: Config) -> Evidence | None:
+    distance, floor = (curves.evaluation.get(name) for name in ("frechet", "floor"))
+    far = isinstance(distance, float) and isinstance(floor, float) and distance > FAR * floor > 0
+    return {"distance": distance, "times": distance / floor} if far else None  # type: ignore[dict-item, operator]
+
+
 def _best_came_earlier(curves: Curves, config: Config) -> Evidence | None:
     evaluations = curves.points("frechet")
     if len(evaluations) < 2:
@@ -275,6 +295,18 @@ SIGNS: tuple[Sign, ...] = (
         _covectors_faded,
         "D's covectors have faded to {share:.1%} of what they were, and G has little to go by: lower --r1 and --r2, "
         "or choose another --score",
+    ),
+    Sign(
+        "D learns by heart",
+        _learns_by_heart,
+        "D learns its samples by heart: its mean logit is {gap:.2g} higher on training samples than on held-out ones: "
+        "raise --r1 and --r2, train on more samples, or lower --width or --steps",
+    ),
+    Sign(
+        "far from the data",
+        _far_from_the_data,
+        "far from the data: the Frechet distance is {distance:.3g}, {times:.0f} times that of two halves of the real "
+        "samples: train longer, with more --steps, or raise --width",
     ),
     Sign(
         "the best came earlier",

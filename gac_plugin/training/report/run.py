@@ -167,12 +167,12 @@ def read_run(folder: Path, running: bool | None = None) -> Told:
     run.config = run.attempt(MARK, lambda: make_config(known)) or run.config
     run.finished = (folder / "generator" / WEIGHTS).is_file()
     run.running = _goes_on(folder, run.finished) if running is None else running
-    _read_metrics(run)
     if not run.running:  # else they tell of an earlier generator
         run.evaluation, run.memorisation = (_read_json(run, name) for name in (EVALUATION, MEMORISATION))
         if (folder / PAIRS_PICTURE).is_file():
             run.pairs = run.attempt(PAIRS_PICTURE, lambda: show(folder / PAIRS_PICTURE))
     run.environment = _read_json(run, ENVIRONMENT)
+    _read_metrics(run)
     if run.memorisation.get("memorises"):
         run.findings.insert(0, f"the generator gives back training samples: {run.memorisation.get('verdict', '')}")
     _read_stages(run)
@@ -228,7 +228,7 @@ def _read_metrics(run: Told) -> None:
     found = run.attempt(METRICS, lambda: read_metrics(file)) if file.is_file() else None
     lines = [line for line in found or [] if 0 <= line["step"] < LARGEST]
     run.records = [{**_numbers(line), "step": int(line["step"])} for line in lines]
-    told = findings(run.records, run.config)
+    told = findings(run.records, run.config, run.evaluation)
     run.findings = [finding.text for finding in told if finding.name not in USUAL]
     run.remarks = [finding.text for finding in told if finding.name in USUAL]
     skipped = 0
