@@ -645,7 +645,7 @@ def test_a_planted_memoriser_and_a_healthy_run_are_told_apart(run, tmp_path):
         draw_pairs(tmp_path / name / "memorisation.png", generated, pixels, pairs)
     sick, healthy = report(run), report(tmp_path / "healthy")
     assert "copies of training samples found" in sick.text
-    assert "The generator gives back training samples: memorises: 100% of samples" in sick.section("findings")
+    assert "The generator gives back training samples: 100% of samples" in sick.section("findings")
     assert "copies of training samples no sign" in healthy.text
     assert "gives back training samples" not in healthy.text
     for page in (sick, healthy):

@@ -174,7 +174,8 @@ def read_run(folder: Path, running: bool | None = None) -> Told:
     run.environment = _read_json(run, ENVIRONMENT)
     _read_metrics(run)
     if run.memorisation.get("memorises"):
-        run.findings.insert(0, f"the generator gives back training samples: {run.memorisation.get('verdict', '')}")
+        verdict = str(run.memorisation.get("verdict", "")).removeprefix("memorises: ")
+        run.findings.insert(0, f"the generator gives back training samples: {verdict}")
     _read_stages(run)
     sounds = sorted((folder / "samples").glob("step-*.wav"))
     if sounds:
