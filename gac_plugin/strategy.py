@@ -9,7 +9,8 @@ Cost in passes of one network over a batch (forward, backward to inputs, backwar
 the textbook loop D 9, G 4; `fresh` D 8, G 3; `fused` D 6, G 3.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -234,8 +235,9 @@ class GAC:
             gather = self._accumulated
         else:
             gather = self._fresh
-        stats = gather(real, batch)  # samples, covectors and graphs are gone when G's optimizer takes its memory
-        return stats | self._step_generator()
+        with self._forgetting_failures():
+            stats = gather(real, batch)  # samples, covectors and graphs are gone when G's optimizer takes its memory
+            return stats | self._step_generator()
 
     def discriminator_step(self, real: Tensor, fake: Tensor, **conditions: Any) -> Stats:
         """Update the discriminator on real and generated samples; see `step`.
@@ -244,7 +246,8 @@ class GAC:
             real, fake: of equal shape (B, ...). The graph behind `fake` is neither used nor released.
             conditions: passed to the discriminator by keyword.
         """
-        return self._discriminator_step(real, fake, conditions)
+        with self._forgetting_failures():
+            return self._discriminator_step(real, fake, conditions)
 
     def generator_step(self, fake: Tensor, real: Tensor | None = None, **conditions: Any) -> Stats:
         """Update the generator by ascending the score at samples it made; see `step`.
@@ -257,7 +260,8 @@ class GAC:
         Raises:
             UsageError: `fake` has no graph, or the loss needs `real`.
         """
-        return self._pull_back(fake, real, conditions) | self._step_generator()
+        with self._forgetting_failures():
+            return self._pull_back(fake, real, conditions) | self._step_generator()
 
     def cotangent(self, fake: Tensor, real: Tensor | None = None, **conditions: Any) -> Tensor:
         """The covectors c_i = w_i dl/dx (x_i) of the score at the samples: what D wants changed in each of them.
@@ -303,6 +307,17 @@ class GAC:
         self._discriminator_steps = state["discriminator_steps"]
         self._walk.load_state_dict(state.get("walk", {"steps": self._discriminator_steps, "previous": []}))
         self._update_d.skipped, self._update_g.skipped = state.get("skipped_d", 0), state.get("skipped_g", 0)
+
+    @contextmanager
+    def _forgetting_failures(self) -> Iterator[None]:
+        """Gradients of a step that fails, out of memory for example, do not count in the next one."""
+        try:
+            yield
+        except BaseException:
+            self._window.clear()
+            self._update_d.discard()
+            self._update_g.discard()
+            raise
 
     def _fresh(self, real: Tensor, batch: Batch) -> Stats:
         """Update D; then G's gradient by the covectors of the updated D at the same samples."""

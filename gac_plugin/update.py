@@ -91,7 +91,7 @@ class Update:
         return norm
 
     def discard(self) -> None:
-        """At the end of a window, forget its gradients without a step."""
+        """End a window, and forget its gradients without a step."""
         self._window_starts = True
 
     def _norm(self, scaler: Any) -> Tensor:

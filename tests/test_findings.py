@@ -145,7 +145,18 @@ def test_the_evidence_stands_in_the_sentence():
     (found,) = findings(run(diversity=0.05), Config())
     assert found.text.startswith("G has collapsed: its samples are 5% as far apart as real ones")
     (found,) = findings(run(frechet=every_quarter(90.0, 40.0, 60.0, 80.0)), Config())
-    assert "was 40.0 at step 2000 and is 80.0" in found.text
+    assert "was 40 at step 2000 and is 80:" in found.text
+    (found,) = findings(run(frechet=every_quarter(0.9, 0.041, 0.06, 0.08)), Config())
+    assert "was 0.041 at step 2000 and is 0.08:" in found.text
+    (found,) = findings(run(frechet=every_quarter(0.09, 0.07, 0.06, 0.05)), Config())
+    assert "fell from 0.06 to 0.05 in" in found.text
+
+
+def test_figures_that_are_missing_are_not_told():
+    (found,) = findings(run(loss_d=0.01, accuracy_real=math.nan, accuracy_fake=math.nan), Config())
+    assert found.text.startswith("D wins: its loss is 0.01: raise")
+    (found,) = findings(run(loss_d=math.nan, accuracy_real=1.0, accuracy_fake=1.0), Config())
+    assert found.text.startswith("D wins: it is right about 100% of the samples: raise")
 
 
 def test_the_thresholds_of_the_alarms_count():

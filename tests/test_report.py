@@ -487,10 +487,35 @@ def test_a_run_resumed_does_not_show_what_the_earlier_generator_came_to(trained)
     assert len(told.stages) == 3
 
 
+def test_a_run_that_was_resumed_goes_on_though_an_earlier_generator_stands_there(run):
+    now, weights = time.time(), run / "generator" / "model.safetensors"
+    for seconds, running in ((-600, True), (-30, False), (30, False)):
+        os.utime(run / "metrics.jsonl", (now - 60,) * 2)
+        os.utime(weights, (now - 60 + seconds,) * 2)
+        assert read_run(run).running is running
+    os.utime(run / "metrics.jsonl", (now - 3600,) * 2)
+    os.utime(weights, (now - 7200,) * 2)
+    assert not read_run(run).running
+
+
+def test_a_run_of_several_processes_says_how_to_start_as_many(run):
+    assert "torchrun" not in report(run).source
+    environment = json.loads((run / "environment.json").read_text())
+    write_json(run / "environment.json", {**environment, "processes": "3"})
+    assert "torchrun --nproc_per_node 3 -m gac_plugin.train in place of gac train" in report(run).text
+
+
+def test_a_folder_that_looks_like_a_flag_is_none_in_the_commands(run, monkeypatch):
+    run.rename(run.with_name("-x"))
+    monkeypatch.chdir(run.parent)
+    [page] = write_reports([Path("-x")])
+    assert "<code>gac evaluate ./-x</code>" in page.read_text("utf-8")
+
+
 @pytest.mark.parametrize("lines", [0, 1])
 def test_a_run_with_hardly_any_figures_is_shown(tmp_path, lines):
     page = report(begun(tmp_path / "run", lines))
-    assert f"{lines} lines of metrics are too few to tell" in page.text
+    assert page.text.count(f"{lines} lines of metrics are too few to tell") == 2  # at a glance, and among the findings
     assert ("No figures yet" in page.text) == (lines == 0)
     assert len(re.findall('<circle class="dot', page.source)) == 2 * lines
 

@@ -87,6 +87,43 @@ def test_what_other_code_left_in_the_gradients_does_not_count(pair, latents, sch
     assert torch.equal(parameters(littered), parameters(clean))
 
 
+def out_of_memory(parameter):
+    raise RuntimeError("out of memory")
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("schedule", ["fresh", "fused"])
+@pytest.mark.parametrize("failing", ["generator", "discriminator"])
+def test_the_gradients_of_a_step_that_failed_do_not_count(pair, latents, failing, schedule, accumulation):
+    """Its error comes when one gradient has arrived; whoever catches it goes on with other batches."""
+    batches = [(torch.randn(8, 4, dtype=torch.float64), latents(8)) for _ in range(accumulation)]
+    ended = []
+    for fails in (False, True):
+        accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulation)
+        gac = make(pair, accelerator, schedule=schedule)
+        before = parameters(gac)
+
+        def window(gac=gac, accelerator=accelerator):
+            for real, z in batches:
+                with accelerator.accumulate(gac.generator, gac.discriminator):
+                    gac.step(real, z)
+
+        if fails:
+            parameter = next(getattr(gac, failing).parameters())
+            hook = parameter.register_post_accumulate_grad_hook(out_of_memory)
+            with pytest.raises(RuntimeError, match="out of memory"):
+                window()
+            hook.remove()
+            accelerator.step = 0
+            gac.generator.load_state_dict(pair[0].state_dict())
+            gac.discriminator.load_state_dict(pair[1].state_dict())
+            gac.discriminator_optimizer.optimizer.state.clear()
+        window()
+        ended.append(parameters(gac))
+    assert torch.equal(*ended)
+    assert not torch.equal(ended[0], before)
+
+
 class Shifted(nn.Module):
     """G(z) = z + b"""
 

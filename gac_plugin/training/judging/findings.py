@@ -43,7 +43,7 @@ BETTER, WORSE = 0.1, 0.2
 """A run still improves when its Frechet distance falls by this share in the last quarter; the best came earlier when it
 is lower than the last one by this share. Two seeds of one recipe differ by about 0.1."""
 
-Evidence = dict[str, float]
+Evidence = dict[str, float | str]
 
 
 @dataclass(frozen=True)
@@ -152,11 +152,13 @@ def _left_out(curves: Curves, config: Config) -> Evidence | None:
 def _discriminator_wins(curves: Curves, config: Config) -> Evidence | None:
     blind, loss = blind_loss(LOSSES[config.loss]), curves.late("loss_d")
     accuracies = curves.late("accuracy_real"), curves.late("accuracy_fake")
-    right = min((accuracy for accuracy in accuracies if accuracy is not None), default=math.nan)
-    sure = right > SURE
+    right = min((accuracy for accuracy in accuracies if accuracy is not None), default=None)
+    sure = right is not None and right > SURE
     # as in `Health`: a loss without a floor, such as wasserstein, says nothing
     beaten = loss is not None and blind > 0 and loss < BEATEN * blind
-    return {"right": right, "loss": math.nan if loss is None else loss} if sure or beaten else None
+    known = [] if right is None else [f"it is right about {right:.0%} of the samples"]
+    known += [] if loss is None else [f"its loss is {loss:.2g}"]
+    return {"signs": " and ".join(known)} if sure or beaten else None
 
 
 def _discriminator_is_blind(curves: Curves, config: Config) -> Evidence | None:
@@ -253,8 +255,7 @@ SIGNS: tuple[Sign, ...] = (
     Sign(
         "D wins",
         _discriminator_wins,
-        "D wins: it is right about {right:.0%} of the samples and its loss is {loss:.2g}: raise --r1 and --r2, or "
-        "lower --lr-discriminator",
+        "D wins: {signs}: raise --r1 and --r2, or lower --lr-discriminator",
     ),
     Sign(
         "G has collapsed",
@@ -311,13 +312,13 @@ SIGNS: tuple[Sign, ...] = (
     Sign(
         "the best came earlier",
         _best_came_earlier,
-        "the best came earlier: the Frechet distance was {best:.1f} at step {step:.0f} and is {last:.1f}: stop there "
+        "the best came earlier: the Frechet distance was {best:.4g} at step {step:.0f} and is {last:.4g}: stop there "
         "(--until), or let the rates fall with --lr-schedule linear",
     ),
     Sign(
         "still improving",
         _still_improving,
-        "still improving when it ended: the Frechet distance fell from {then:.1f} to {now:.1f} in the last quarter: "
+        "still improving when it ended: the Frechet distance fell from {then:.4g} to {now:.4g} in the last quarter: "
         "train longer, with more --steps",
     ),
 )

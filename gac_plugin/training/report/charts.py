@@ -85,7 +85,8 @@ TOPICS = (
     Topic(
         "D's gap",
         {"d_gap": "training minus held out"},
-        "D's mean logit on training samples minus on held-out ones; it grows when D learns them by heart.",
+        "D's mean logit on training samples minus on held-out ones; it grows when D learns them by heart. It is taken "
+        "from at most 128 of each; the evaluation takes more.",
     ),
 )
 

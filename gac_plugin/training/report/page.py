@@ -191,7 +191,7 @@ def _glance(run: Told) -> list[tuple[str, str, str]]:
         ("time of training", _duration(seconds), ""),
         (TITLES["frechet"], *_frechet(run)),
         ("copies of training samples", *_copies(run)),
-        ("findings", str(len(run.findings)), "" if run.findings else "nothing unusual"),
+        ("findings", str(len(run.findings)), "" if run.findings else "; ".join(run.remarks)),
     ]
 
 
@@ -270,7 +270,8 @@ def _sentence(text: Any) -> Markup:
 
 
 def _quoted(folder: Path) -> str:
-    return shlex.quote(str(folder))
+    """As a shell takes it, and `gac` not for a flag."""
+    return shlex.quote(f"./{folder}" if str(folder).startswith("-") else str(folder))
 
 
 def _duration(seconds: Any) -> str:

@@ -39,7 +39,9 @@ MOST_TEXTS, LONGEST_TEXT = 24, 300
 EXPLAINED = 8
 """Samples whose maps are drawn."""
 LATELY = 600
-"""Seconds since the last line of metrics in which a run without a generator is taken to be running."""
+"""Seconds since the last line of metrics in which a run is taken to be running."""
+EARLIER = 60
+"""Seconds by which a generator is older than that line if it is one from before the run was resumed."""
 MAPS = {
     "maps.png": "Samples, and what D wants changed in them",
     "refine.png": "On the way through refine",
@@ -166,7 +168,7 @@ def read_run(folder: Path, running: bool | None = None) -> Told:
     known = {item.name: settings[item.name] for item in fields(Config) if item.name in settings}
     run.config = run.attempt(MARK, lambda: make_config(known)) or run.config
     run.finished = (folder / "generator" / WEIGHTS).is_file()
-    run.running = _goes_on(folder, run.finished) if running is None else running
+    run.running = _goes_on(folder) if running is None else running
     if not run.running:  # else they tell of an earlier generator
         run.evaluation, run.memorisation = (_read_json(run, name) for name in (EVALUATION, MEMORISATION))
         if (folder / PAIRS_PICTURE).is_file():
@@ -213,9 +215,11 @@ def _data_uri(kind: str, data: bytes) -> str:
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
 
-def _goes_on(folder: Path, finished: bool) -> bool:
-    file = folder / METRICS
-    return not finished and file.is_file() and time.time() - file.stat().st_mtime < LATELY
+def _goes_on(folder: Path) -> bool:
+    file, generator = folder / METRICS, folder / "generator" / WEIGHTS
+    if not file.is_file() or time.time() - file.stat().st_mtime >= LATELY:
+        return False
+    return not generator.is_file() or file.stat().st_mtime - generator.stat().st_mtime > EARLIER
 
 
 def _read_json(run: Told, name: str) -> dict[str, Any]:
