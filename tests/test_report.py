@@ -495,7 +495,9 @@ def test_a_run_that_was_resumed_goes_on_though_an_earlier_generator_stands_there
         assert read_run(run).running is running
     os.utime(run / "metrics.jsonl", (now - 3600,) * 2)
     os.utime(weights, (now - 7200,) * 2)
-    assert not read_run(run).running
+    stopped = read_run(run)
+    assert (stopped.running, stopped.finished, stopped.evaluation, stopped.maps) == (False, False, {}, [])
+    assert "of 60; not finished" in report(run).text
 
 
 def test_a_run_of_several_processes_says_how_to_start_as_many(run):

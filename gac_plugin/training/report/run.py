@@ -39,7 +39,7 @@ MOST_TEXTS, LONGEST_TEXT = 24, 300
 EXPLAINED = 8
 """Samples whose maps are drawn."""
 LATELY = 600
-"""Seconds since the last line of metrics in which a run is taken to be running."""
+"""Seconds since the last line of metrics in which a run without a generator is taken to be running."""
 EARLIER = 60
 """Seconds by which a generator is older than that line if it is one from before the run was resumed."""
 MAPS = {
@@ -102,7 +102,7 @@ class Told:
         config: of the same settings.
         records: lines of metrics, finite numbers alone.
         running: whether it goes on.
-        finished: whether it has left a generator.
+        finished: whether it has left a generator; one from before it was resumed does not count.
         evaluation, memorisation, environment: what their files hold.
         findings: what is unusual, the gravest first.
         remarks: findings that are no trouble.
@@ -167,9 +167,10 @@ def read_run(folder: Path, running: bool | None = None) -> Told:
     run = Told(folder.resolve().name, folder, {**Config().to_json(), **settings}, Config())
     known = {item.name: settings[item.name] for item in fields(Config) if item.name in settings}
     run.config = run.attempt(MARK, lambda: make_config(known)) or run.config
-    run.finished = (folder / "generator" / WEIGHTS).is_file()
-    run.running = _goes_on(folder) if running is None else running
-    if not run.running:  # else they tell of an earlier generator
+    generator, resumed = folder / "generator" / WEIGHTS, _was_resumed(folder)
+    run.finished = generator.is_file() and not resumed
+    run.running = not run.finished and _goes_on(folder) if running is None else running
+    if not run.running and not resumed:  # else they tell of an earlier generator
         run.evaluation, run.memorisation = (_read_json(run, name) for name in (EVALUATION, MEMORISATION))
         if (folder / PAIRS_PICTURE).is_file():
             run.pairs = run.attempt(PAIRS_PICTURE, lambda: show(folder / PAIRS_PICTURE))
@@ -216,10 +217,14 @@ def _data_uri(kind: str, data: bytes) -> str:
 
 
 def _goes_on(folder: Path) -> bool:
+    file = folder / METRICS
+    return file.is_file() and time.time() - file.stat().st_mtime < LATELY
+
+
+def _was_resumed(folder: Path) -> bool:
+    """Whether figures have come since the generator was written."""
     file, generator = folder / METRICS, folder / "generator" / WEIGHTS
-    if not file.is_file() or time.time() - file.stat().st_mtime >= LATELY:
-        return False
-    return not generator.is_file() or file.stat().st_mtime - generator.stat().st_mtime > EARLIER
+    return file.is_file() and generator.is_file() and file.stat().st_mtime - generator.stat().st_mtime > EARLIER
 
 
 def _read_json(run: Told, name: str) -> dict[str, Any]:
