@@ -168,7 +168,7 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     report.add_argument("runs", nargs="+", metavar="RUN", help="run folder")
-    report.add_argument("--out", metavar="FILE", help=f"file instead of RUN/{REPORT}, or of the comparison")
+    report.add_argument("--out", metavar="FILE", help="write this file alone: the run's report, or the comparison")
     report.add_argument("--open", action="store_true", help="open it in the browser")
     report.set_defaults(run=_report)
 

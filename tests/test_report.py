@@ -605,6 +605,7 @@ def test_settings_that_no_longer_hold_are_told(tmp_path):
         (["bad"], "cannot read the settings in bad/config.json"),
         (list("abcdefg"), "at most 6 runs stand side by side, got 7"),
         (["run", "--out", "run/config.json/page.html"], "cannot write run/config.json/page.html"),
+        (["run", "--out", "run/generator/model.safetensors"], "--out must end in one of .html, .htm; got"),
     ],
 )
 def test_a_mistake_is_one_line_and_writes_nothing(run, monkeypatch, capsys, arguments, message):
@@ -620,6 +621,14 @@ def test_a_mistake_is_one_line_and_writes_nothing(run, monkeypatch, capsys, argu
 
 
 # Size
+
+
+def test_large_networks_do_not_make_a_run_wait_for_its_maps(run, monkeypatch):
+    assert "On the way through refine" in report(run).text
+    monkeypatch.setattr("gac_plugin.training.report.run.MOST_WEIGHTS", 10)
+    page = report(run)
+    assert "On the way through refine" not in page.text
+    assert "cotangent maps: they take long with networks as large as these; gac explain draws them" in page.text
 
 
 def test_the_page_stays_small_however_long_the_run(tmp_path):
@@ -745,5 +754,5 @@ def test_a_page_can_be_written_elsewhere_and_opened(run, several, tmp_path, monk
     assert not (run / "report.html").exists()
     assert main(["report", *map(str, several), "--out", str(tmp_path / "both.html")]) == 0
     assert "2 runs" in Page(tmp_path / "both.html").text
-    assert (several[1] / "report.html").exists()
+    assert not (several[1] / "report.html").exists()
     assert not (several[0] / "comparison.html").exists()

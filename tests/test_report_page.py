@@ -287,6 +287,15 @@ def test_it_loads_itself_again_while_the_run_goes_on_and_keeps_the_slider(tmp_pa
     assert page.evaluate("window.mine"), "a run that has ended is not loaded again"
 
 
+def test_it_stops_loading_itself_when_nobody_has_written_it_for_long(tmp_path, visit):
+    page = visit(page_of(run(tmp_path / "run"), running=True), clock=True)
+    page.clock.run_for(59_000)
+    page.evaluate("document.body.dataset.until = Date.now() / 1000 - 1")
+    page.evaluate("window.mine = true")
+    page.clock.run_for(200_000)
+    assert page.evaluate("window.mine")
+
+
 def test_it_can_be_printed(alone, visit):
     page = visit(alone, color_scheme="dark")
     page.emulate_media(media="print")

@@ -86,7 +86,7 @@ TOPICS = (
         "D's gap",
         {"d_gap": "training minus held out"},
         "D's mean logit on training samples minus on held-out ones; it grows when D learns them by heart. It is taken "
-        "from at most 128 of each; the evaluation takes more.",
+        "from 128 of each, and from up to 1,000 where the run was evaluated.",
     ),
 )
 

@@ -23,13 +23,14 @@ from gac_plugin.training.config import Config
 from gac_plugin.training.files import COMPARISON, REPORT, write_whole
 from gac_plugin.training.judging.measures import MEASURES
 from gac_plugin.training.report.charts import draw_charts, number, thinned
-from gac_plugin.training.report.run import STAGES, Told, read_run
+from gac_plugin.training.report.run import LATELY, STAGES, Told, read_run
 
 FLAG = re.compile(r"--[a-z][\w-]*")
 SAID = {"None": "none", "True": "on", "False": "off"}
 """How settings are read out."""
 MOST_RUNS = 6
 """Runs in one page; each has its colour and its dashes."""
+PAGES = (".html", ".htm")
 FEWEST_STAGES = 4
 """Of each run, however many there are."""
 EVERY = 30
@@ -37,7 +38,7 @@ EVERY = 30
 SHARE = 0.01
 """Of the time of training that refreshing takes, at most."""
 RELOAD = 60
-"""Seconds after which the page of a run that goes on loads itself again."""
+"""Seconds after which the page of a run that goes on loads itself again, unless it has been as it is for `LATELY`."""
 EXPLAINED = {
     "frechet": "how far apart generated and real samples are, as normal distributions of features; lower is better",
     "kernel": "the same without the assumption of normal distributions; lower is better, below 0 by chance",
@@ -65,12 +66,11 @@ WAY = ("features", "real_samples", "generated_samples")
 
 
 def write_reports(folders: Sequence[Path], out: Path | None = None) -> list[Path]:
-    """Write `report.html` into each run, and of several a comparison.
+    """Write `report.html` into each run, and of several a comparison, `comparison.html`, into the first one.
 
     Args:
         folders: of the runs, `MOST_RUNS` at most.
-        out: the file to write instead of a single run's `report.html`, or the comparison; that stands by default in the
-            first run's folder as `comparison.html`.
+        out: the one file to write instead: the report of a single run, or the comparison.
 
     Returns:
         The files that were written, the comparison last.
@@ -82,13 +82,15 @@ def write_reports(folders: Sequence[Path], out: Path | None = None) -> list[Path
         raise UsageError(f"at most {MOST_RUNS} runs stand side by side, got {len(folders)}")
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise UsageError("a run is named twice; name each one once")
+    if out is not None and out.suffix.lower() not in PAGES:
+        raise UsageError(f"--out must end in one of {', '.join(PAGES)}; got {str(out)!r}")
     runs = [read_run(folder) for folder in folders]
-    if len(runs) == 1:
-        pages = {out or folders[0] / REPORT: runs}
-    else:
-        pages = {run.folder / REPORT: [run] for run in runs}
+    pages = {run.folder / REPORT: [run] for run in runs} if out is None else {}
+    if len(runs) > 1:
         each = max(FEWEST_STAGES, STAGES // len(runs))
         pages[out or folders[0] / COMPARISON] = _apart([replace(run, stages=thinned(run.stages, each)) for run in runs])
+    elif out is not None:
+        pages[out] = runs
     for path, told in pages.items():
         _write(path, told)
     return list(pages)
@@ -168,6 +170,8 @@ def _page(runs: Sequence[Told]) -> str:
         steps=sorted({stage.step for run in runs for stage in run.stages}),
         running=any(run.running for run in runs),
         reload=RELOAD,
+        lately=LATELY,
+        until=round(time.time()) + LATELY,
         nothing=number(None),
         written=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M"),
         version=__version__,

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 import math
 import re
 import tempfile
@@ -42,6 +43,8 @@ LATELY = 600
 """Seconds since the last line of metrics in which a run without a generator is taken to be running."""
 EARLIER = 60
 """Seconds by which a generator is older than that line if it is one from before the run was resumed."""
+MOST_WEIGHTS = 50_000_000
+"""Of both networks together, above which no maps are drawn: a run must not wait for its report at the end."""
 MAPS = {
     "maps.png": "Samples, and what D wants changed in them",
     "refine.png": "On the way through refine",
@@ -230,7 +233,14 @@ def _was_resumed(folder: Path) -> bool:
 def _read_json(run: Told, name: str) -> dict[str, Any]:
     if not (run.folder / name).is_file():
         return {}
-    return run.attempt(name, lambda: read_config(run.folder / name)) or {}
+    return run.attempt(name, lambda: _mapping(run.folder / name)) or {}
+
+
+def _mapping(path: Path) -> dict[str, Any]:
+    found = json.loads(path.read_text("utf-8"))
+    if not isinstance(found, dict):
+        raise ValueError("no JSON object in it")
+    return found
 
 
 def _read_metrics(run: Told) -> None:
@@ -318,6 +328,13 @@ def _weights(path: Path) -> int:
 
 
 def _draw_maps(run: Told) -> None:
+    parts = (run.folder / part / WEIGHTS for part in ("generator", "discriminator"))
+    weights = run.attempt("networks", lambda: sum(_weights(file) for file in parts if file.is_file()))
+    if weights is None:
+        return
+    if weights > MOST_WEIGHTS:
+        run.missing.append("cotangent maps: they take long with networks as large as these; gac explain draws them")
+        return
     with tempfile.TemporaryDirectory() as place:
         out = Path(place)
         run.sentences = run.attempt("cotangent maps", lambda: explain(str(run.folder), out, EXPLAINED)) or []
