@@ -1,40 +1,51 @@
-"""Do samples get better by refinement, by which method, and what does it cost in variety?
+"""Do samples get better by refinement, by which method and which discriminator, and what does it cost in variety?
 
     python benchmarks/refine.py MNIST_FOLDER CIFAR_FOLDER --work FOLDER
 
 writes results/refine.json, REFINE.md and a plot.
 
-Networks are trained once for each seed, and every contender in `CONTENDERS` has the same number of cells, tuned on a
-training seed of its own at 10 evaluations; then the cell that won is measured on the other seeds. Whatever is in the
-work folder already is not computed again. One thread in a process.
+Networks are trained once for each seed. A discriminator judges as training left it, or after further steps against the
+held generator: by the loss of classification, which makes its logit the log-ratio of densities that DDLS and DGflow
+start from, or by `calibrate`. Every contender in `CONTENDERS` has the same number of cells, tuned on a training seed of
+its own at 10 evaluations; then the cell that won is measured on the other seeds. Whatever is in the work folder already
+is not computed again. One thread in a process.
 """
 
 import argparse
 import json
-import math
 import os
 import platform
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
-from dataclasses import dataclass, field
-from functools import cache, partial
-from itertools import product
+from contextlib import closing
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
+from functools import cache
+from itertools import islice, product
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
+import refine_page
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LinearLR
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from gac_plugin import Refined, Score, refine
+from gac_plugin import LOSSES, REFINEMENTS, calibrate, refine
+from gac_plugin.calibrate import PENALTY
+from gac_plugin.climb import flow
+from gac_plugin.penalties import logit_gradient
+from gac_plugin.tensors import per_sample_norm
 from gac_plugin.training import Config, load_discriminator, load_generator, train
 from gac_plugin.training.data import codec_of, load_data
+from gac_plugin.training.data.batches import batches
 from gac_plugin.training.data.source import sample
 from gac_plugin.training.files import write_json
-from gac_plugin.training.generate import GENERATION_BATCH, draw_latents
-from gac_plugin.training.hub import network_folder, read_recipe
+from gac_plugin.training.generate import draw_latents
+from gac_plugin.training.hub import network_folder, read_recipe, save_network
 from gac_plugin.training.judging.evaluate import Features, frechet_distance, make_features, precision_recall
 from gac_plugin.training.stopping import Stop
 
@@ -42,19 +53,30 @@ HERE = Path(__file__).parent
 COMMAND = "python benchmarks/refine.py MNIST_FOLDER CIFAR_FOLDER --work FOLDER"
 TUNING_SEED, TUNED_AT, REDRAWN = 100, 10, 10_000
 BUDGETS = (1, 5, 10, 25)
-SAMPLES, TUNING_SAMPLES = 5_000, 2_000
+TUNING_SAMPLES, NEIGHBOURS, AT_ONCE = 1_500, 2_500, 250
+"""Samples in tuning, at most in precision and recall, and in a batch."""
+TOLERANCE = refine_page.TOLERANCE
 Figures = dict[str, float]
-GOAL, PUBLISHED = 0.7, ("langevin", "dgflow-kl", "dgflow-js", "dgflow-logd")
-TOLERANCE = 0.01
-"""What recall may lose: 1.4 standard errors of the difference of two shares of 5,000, at most."""
 
 
 @dataclass(frozen=True)
 class Study:
-    """A data set and its networks. `settings`: of `gac train`, beyond its defaults."""
+    """A data set and its networks.
+
+    Attributes:
+        title: for people.
+        samples: generated ones in a measurement.
+        batch, updates: in both kinds of further training.
+        without: contenders that are left out, to bound the time.
+        settings: of `gac train`, beyond its defaults.
+    """
 
     title: str
+    samples: int
+    batch: int
+    updates: int
     settings: Mapping[str, Any] = field(default_factory=dict)
+    without: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -63,56 +85,126 @@ class Contender:
 
     Attributes:
         what: how the tables call it.
+        judge: a name in `JUDGES`.
         options: of `refine`, the same in every cell.
         grid: the values of two options; a cell is a pair of them. None: nothing is tuned.
-        samples: samples move, not latents.
+        published: its method and its judge are those of a paper, or what the paper's theory asks for.
         redrawn: nothing moves; the latents are others.
     """
 
     what: str
+    judge: str
     options: Mapping[str, Any]
-    grid: Mapping[str, Sequence[float]] | None = None
-    samples: bool = False
+    grid: Mapping[str, Sequence[float | str]] | None = None
+    published: bool = False
     redrawn: bool = False
 
     @property
-    def cells(self) -> list[dict[str, float]]:
+    def cells(self) -> list[dict[str, Any]]:
         if self.grid is None:
             return [{}]
         return [dict(zip(self.grid, values, strict=True)) for values in product(*self.grid.values())]
 
 
 STUDIES = {
-    "mnist": Study("MNIST, the default recipe"),
-    "cifar": Study("CIFAR-10 (a copy in JPEG files), small dcgan, short", {"width": 16, "steps": 2000}),
+    "mnist": Study("MNIST, the default recipe", samples=5_000, batch=256, updates=800),
+    "cifar": Study(
+        "CIFAR-10 (a copy in JPEG files), small dcgan, short",
+        samples=1_000,
+        batch=64,
+        updates=700,
+        settings={"width": 16, "steps": 2_000},
+        without=("gradient", "dgflow-js-saved", "dgflow-js-ratio", "dgflow-logd-saved"),
+    ),
 }
-SHORT, NOISES = (0.003, 0.01, 0.03), (0.0, 0.01)
+JUDGES = {
+    "saved": "D as training left it",
+    "ratio": "D trained on as a classifier",
+    "calibrated": "D calibrated",
+}
+STEP_AND_NOISE = {"rate": (0.01, 0.03, 0.1), "noise": (0.0, 0.01)}
+LANGEVIN = {"rate": (0.003, 0.01, 0.03), "noise": (0.1, 1.0)}
+STEP_AND_PROXIMITY = {"rate": (0.35 / 30, 0.7 / 30, 1 / 30), "proximity": (20.0, 30.0)}
 CONTENDERS = {
-    "default": Contender("conjugate ascent, defaults, untuned", {}),
-    "conjugate": Contender("conjugate ascent", {}, {"rate": (0.001, 0.003, 0.01), "prior": (0.0, 0.3)}),
-    "proximal": Contender(
-        "conjugate ascent near the start", {"prior": 0.0}, {"rate": (0.03, 0.1), "proximity": (3, 10, 30)}
-    ),
-    "gradient": Contender("plain ascent", {"method": "gradient"}, {"rate": SHORT, "prior": (0.0, 0.3)}),
-    "samples": Contender(
-        "plain ascent of samples",
-        {"method": "gradient"},
-        {"rate": (0.1, 0.3, 1.0), "proximity": (0.0, 1.0)},
-        samples=True,
-    ),
-    "langevin": Contender("Langevin (DDLS)", {"method": "langevin"}, {"rate": SHORT, "noise": (0.1, 1.0)}),
-    "tempered": Contender(
-        "Langevin, the logit weighted", {"method": "langevin"}, {"rate": SHORT, "weight": (0.25, 0.5)}
-    ),
-    "dgflow-kl": Contender("DGflow, KL", {"method": "dgflow-kl"}, {"rate": (0.01, 0.03, 0.1), "noise": NOISES}),
-    "dgflow-js": Contender("DGflow, JS", {"method": "dgflow-js"}, {"rate": (0.01, 0.03, 0.1), "noise": NOISES}),
-    "dgflow-logd": Contender("DGflow, log D", {"method": "dgflow-logd"}, {"rate": (0.01, 0.03, 0.1), "noise": NOISES}),
-    "noise": Contender(
-        "control: Langevin without D", {"method": "langevin", "weight": 0.0}, {"rate": SHORT, "noise": (0.1, 1.0)}
-    ),
-    "redrawn": Contender("control: other latents, not refined", {}, redrawn=True),
+    "default": Contender("conjugate ascent, defaults, untuned", "calibrated", {}),
+    "default-saved": Contender("conjugate ascent, defaults, untuned", "saved", {}),
+    "conjugate": Contender("conjugate ascent", "calibrated", {}, STEP_AND_PROXIMITY),
+    "gradient": Contender("plain ascent", "calibrated", {"method": "gradient"}, STEP_AND_PROXIMITY),
+    **{
+        f"{method}-{judge}": Contender(what, judge, {"method": method}, grid, published=judge != "calibrated")
+        for method, what, grid, judges in (
+            ("langevin", "Langevin (DDLS)", LANGEVIN, ("saved", "ratio", "calibrated")),
+            ("dgflow-kl", "DGflow, KL", STEP_AND_NOISE, ("saved", "ratio", "calibrated")),
+            ("dgflow-js", "DGflow, JS", STEP_AND_NOISE, ("saved", "ratio")),
+            ("dgflow-logd", "DGflow, log D", STEP_AND_NOISE, ("saved",)),
+        )
+        for judge in judges
+    },
+    "redrawn": Contender("control: other latents, not refined", "saved", {}, redrawn=True),
 }
-"""`weight` stands for the score that is so many times the logit."""
+
+
+# ---- the judges
+
+
+def config(study: str, folder: str, seed: int = 0) -> Config:
+    return Config(dataset=folder, seed=seed, cpu=True, evaluation_samples=0, memory=0.0, **STUDIES[study].settings)
+
+
+def trained(study: str, folder: str, run: Path, seed: int) -> Figures:
+    result = train(replace(config(study, folder, seed), output_dir=str(run), resume="auto"))
+    if result.stopped is not Stop.NO:
+        raise KeyboardInterrupt(f"stopped at step {result.step}; start the same command again to go on")
+    return {"seconds": result.seconds}
+
+
+def judged(study: str, folder: str, run: Path, seed: int, judge: str) -> Figures:
+    """Leave a further trained discriminator in the run folder."""
+    wanted, recipe = config(study, folder, seed), read_recipe(run / "generator")
+    generator, saved = load_generator(run), load_discriminator(run)
+    data = load_data(wanted).train
+    start = time.perf_counter()
+    with closing(batches(data, STUDIES[study].batch, codec_of(recipe).to_samples, seed)) as endless:
+        known = with_latents(endless, recipe.latent_size, seed)
+        further = calibrate if judge == "calibrated" else classifier
+        network = further(generator, saved, known, STUDIES[study].updates)
+    seconds = time.perf_counter() - start
+    save_network(run / judge / "discriminator", network, read_recipe(run / "discriminator"))
+    return {"seconds": seconds}
+
+
+def with_latents(
+    real: Iterator[tuple[Tensor, Tensor]], size: int, seed: int
+) -> Iterator[tuple[Tensor, Tensor, dict[str, Any]]]:
+    random = torch.Generator().manual_seed(seed)
+    return ((x, torch.randn(len(x), size, generator=random), {}) for x, _ in real)
+
+
+def classifier(
+    generator: nn.Module,
+    saved: nn.Module,
+    known: Iterator[tuple[Tensor, Tensor, dict[str, Any]]],
+    updates: int,
+) -> nn.Module:
+    """The discriminator trained on to tell real samples from the held generator's, else just as in `calibrate`."""
+    learner, loss = deepcopy(saved), LOSSES["bce"].discriminator
+    average = AveragedModel(learner, multi_avg_fn=get_ema_multi_avg_fn(0.99))
+    optimizer = torch.optim.Adam(learner.parameters(), 2e-3, betas=(0.0, 0.99))
+    schedule = LinearLR(optimizer, 1.0, 0.0, updates)
+    for step, (real, z, _) in enumerate(islice(known, updates)):
+        with torch.no_grad():
+            made = generator(z)
+        real, made = real.requires_grad_(), made.requires_grad_()
+        l_real, l_made = learner(real), learner(made)
+        value = loss(l_real, l_made).mean()
+        if PENALTY.is_due(step):
+            value = value + PENALTY.of(logit_gradient(l_real, real), logit_gradient(l_made, made))
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+        schedule.step()
+        average.update_parameters(learner)
+    return average.module
 
 
 # ---- one cell
@@ -127,12 +219,6 @@ class Yardstick:
     floor: float
 
 
-def config(study: str, folder: str, seed: int = 0, **settings: Any) -> Config:
-    return Config(
-        dataset=folder, seed=seed, cpu=True, evaluation_samples=0, memory=0.0, **STUDIES[study].settings, **settings
-    )
-
-
 @cache
 def yardstick(study: str, folder: str) -> Yardstick:
     data = load_data(config(study, folder))
@@ -143,48 +229,48 @@ def yardstick(study: str, folder: str) -> Yardstick:
 
 
 def vectors(features: Features, stored: Tensor) -> Tensor:
-    return torch.cat([features.extract(part) for part in stored.split(GENERATION_BATCH)])
+    return torch.cat([features.extract(part) for part in stored.split(AT_ONCE)])
 
 
-def made(
-    run: Path, seed: int, contender: Contender, options: Mapping[str, Any], steps: int, count: int
-) -> tuple[Tensor, float]:
-    """Samples, and how far latents (or samples) moved, in the mean."""
+def walks(
+    run: Path, contender: Contender, options: Mapping[str, Any], seed: int, budgets: Sequence[int], count: int
+) -> Iterator[tuple[int, Tensor, float]]:
+    """At each budget: samples, and how far latents moved in the mean."""
     folder = network_folder(run, "generator")
-    generator, discriminator = load_generator(folder), load_discriminator(run)
-    random, reports = torch.Generator().manual_seed(seed + 1), list[Refined]()
-    chosen = {**contender.options, **options}
-    if "weight" in chosen:
-        chosen["score"] = weighted(chosen.pop("weight"))
-    if contender.redrawn:
-        seed, steps = seed + REDRAWN, 0
-    move = partial(refine, steps=steps, random=random, report=reports.append, **chosen)
-    samples = []
-    with torch.no_grad():
-        for z in draw_latents(read_recipe(folder), count, seed).split(GENERATION_BATCH):
-            direct = contender.samples
-            samples.append(
-                move(None, discriminator, generator(z)) if direct else generator(move(generator, discriminator, z))
-            )
-    return torch.cat(samples), float(torch.cat([report.moved for report in reports]).mean())
-
-
-def weighted(weight: float) -> Score:
-    return Score("weighted", lambda logit: weight * logit, "so many times the logit")
+    generator = load_generator(folder)
+    discriminator = load_discriminator(run if contender.judge == "saved" else run / contender.judge)
+    random, chosen = torch.Generator().manual_seed(seed + 1), {**contender.options, **options}
+    goes_on = REFINEMENTS[chosen.get("method", "conjugate")].walk is flow  # has no memory of its start
+    starts = draw_latents(read_recipe(folder), count, seed + REDRAWN * contender.redrawn).split(AT_ONCE)
+    points, done = starts, 0
+    for budget in budgets:
+        if not contender.redrawn:
+            before, steps = (points, budget - done) if goes_on else (starts, budget)
+            points = [refine(generator, discriminator, z, steps, random=random, **chosen) for z in before]
+            done = budget
+        moved = [per_sample_norm(point - start) for point, start in zip(points, starts, strict=True)]
+        with torch.no_grad():
+            yield budget, torch.cat([generator(z) for z in points]), float(torch.cat(moved).mean())
 
 
 def measure(
-    study: str, folder: str, run: Path, seed: int, name: str, options: Mapping[str, Any], steps: int, count: int
-) -> Figures:
-    """The figures of a contender on a model; none where a sample is not finite."""
-    samples, moved = made(run, seed, CONTENDERS[name], options, steps, count)
-    if not samples.isfinite().all():
-        return {}
-    known = yardstick(study, folder)
-    generated = vectors(known.features, codec_of(read_recipe(run / "generator")).to_stored(samples))
-    precision, recall = precision_recall(known.real[:count], generated)
-    frechet = frechet_distance(known.real, generated)
-    return {"frechet": frechet, "precision": precision, "recall": recall, "moved": moved}
+    study: str, folder: str, run: Path, name: str, options: Mapping[str, Any], seed: int, budgets: Sequence[int]
+) -> dict[str, Figures]:
+    """The figures of a contender on a model at each budget; none where a sample is not finite."""
+    known, codec = yardstick(study, folder), codec_of(read_recipe(run / "generator"))
+    count = STUDIES[study].samples
+    if run.name == f"run-{TUNING_SEED}":
+        count = min(count, TUNING_SAMPLES)
+    near, found = min(count, NEIGHBOURS), dict[str, Figures]()
+    for budget, samples, moved in walks(run, CONTENDERS[name], options, seed, budgets, count):
+        if not samples.isfinite().all():
+            found[str(budget)] = {}
+            continue
+        generated = vectors(known.features, codec.to_stored(samples))
+        precision, recall = precision_recall(known.real[:near], generated[:near])
+        frechet = frechet_distance(known.real, generated)
+        found[str(budget)] = {"frechet": frechet, "precision": precision, "recall": recall, "moved": moved}
+    return found
 
 
 # ---- stages, of which nothing is computed twice
@@ -202,13 +288,6 @@ def remember(file: Path, compute: Callable[..., Any], *arguments: Any) -> None:
         print(f"  {file.parent.name}/{file.stem}", flush=True)
 
 
-def trained(study: str, folder: str, run: Path, seed: int) -> dict[str, int]:
-    result = train(config(study, folder, seed, output_dir=str(run), resume="auto"))
-    if result.stopped is not Stop.NO:
-        raise KeyboardInterrupt(f"stopped at step {result.step}; start the same command again to go on")
-    return {"steps": result.step}
-
-
 def described(study: str, folder: str) -> dict[str, Any]:
     known = yardstick(study, folder)
     return {"features": known.features.name, "real samples": len(known.real), "floor": known.floor}
@@ -224,8 +303,16 @@ class Bench:
     seeds: Sequence[int]
     pool: Executor
 
+    @property
+    def place(self) -> Path:
+        return self.work / self.study
+
+    @property
+    def contenders(self) -> dict[str, Contender]:
+        return {name: one for name, one in CONTENDERS.items() if name not in STUDIES[self.study].without}
+
     def run(self, seed: int) -> Path:
-        return self.work / self.study / f"run-{seed}"
+        return self.place / f"run-{seed}"
 
     def together(self, tasks: Mapping[Path, tuple[Any, ...]]) -> list[Any]:
         """What each of the files then holds."""
@@ -234,232 +321,65 @@ class Bench:
             one.result()
         return [json.loads(file.read_text()) for file in tasks]
 
-    def figures(self, cells: Sequence[tuple[int, str, Mapping[str, float], int]]) -> list[Figures]:
-        """Of (seed, contender, cell, evaluations)."""
+    def of_runs(self, name: str, compute: Callable[..., Any], *arguments: Any) -> list[Any]:
+        """What is found for the tuning seed and each of the others."""
+        return self.together(
+            {
+                self.place / f"{name}-{seed}.json": (compute, self.study, self.folder, self.run(seed), seed, *arguments)
+                for seed in (TUNING_SEED, *self.seeds)
+            }
+        )
+
+    def figures(
+        self, cells: Sequence[tuple[int, str, Mapping[str, Any]]], budgets: Sequence[int]
+    ) -> list[dict[str, Figures]]:
+        """Of (seed, contender, cell): the figures by budget."""
         tasks = {}
-        for seed, name, cell, steps in cells:
-            told = "-".join(f"{option}={value:g}" for option, value in cell.items())
-            file = self.work / self.study / "cells" / f"{name}-{told}-{steps}-{seed}.json"
-            latents, count = seed + 1000, TUNING_SAMPLES if seed == TUNING_SEED else SAMPLES
-            tasks[file] = (measure, self.study, self.folder, self.run(seed), latents, name, cell, steps, count)
+        for seed, name, cell in cells:
+            told = "-".join(f"{option}={value:.4g}" for option, value in cell.items())
+            file = self.place / "cells" / f"{name}-{told}-{'-'.join(map(str, budgets))}-{seed}.json"
+            tasks[file] = (measure, self.study, self.folder, self.run(seed), name, cell, seed + 1000, budgets)
         return self.together(tasks)
 
     def tune(self) -> dict[str, Any]:
         """The winning cell of every contender, and all cells."""
-        (before,) = self.figures([(TUNING_SEED, "default", {}, 0)])
+        before = self.figures([(TUNING_SEED, "default", {})], [0])[0]["0"]
+        tasks = [(TUNING_SEED, name, cell) for name, contender in self.contenders.items() for cell in contender.cells]
+        measured = self.figures(tasks, [TUNED_AT])
         found = {}
-        for name, contender in CONTENDERS.items():
-            tried = self.figures([(TUNING_SEED, name, cell, TUNED_AT) for cell in contender.cells])
-            pairs = [(cell, figures) for cell, figures in zip(contender.cells, tried, strict=True) if figures]
-            kept = [pair for pair in pairs if pair[1]["recall"] >= before["recall"] - TOLERANCE]
-            cell, _ = min(kept or pairs, key=lambda pair: pair[1]["frechet"])
-            found[name] = {"cell": cell, "diverged": len(tried) - len(pairs), "recall kept": len(kept)}
-            found[name]["tried"] = [{**cell, **figures} for cell, figures in zip(contender.cells, tried, strict=True)]
+        for name, contender in self.contenders.items():
+            tried = [
+                {**cell, **one[str(TUNED_AT)]} for (_, of, cell), one in zip(tasks, measured, strict=True) if of == name
+            ]
+            whole = [one for one in tried if "frechet" in one]
+            kept = [one for one in whole if one["recall"] >= before["recall"] - TOLERANCE]
+            best = min(kept or whole, key=lambda one: one["frechet"])
+            found[name] = {"cell": {option: best[option] for option in contender.grid or {}}, "tried": tried}
         return {"unrefined": before, "contenders": found}
 
     def report(self) -> dict[str, Any]:
         """All stages."""
         print(STUDIES[self.study].title, flush=True)
-        runs = [TUNING_SEED, *self.seeds]
-        self.together(
-            {
-                self.work / self.study / f"trained-{seed}.json": (
-                    trained,
-                    self.study,
-                    self.folder,
-                    self.run(seed),
-                    seed,
-                )
-                for seed in runs
-            }
-        )
-        (about,) = self.together({self.work / self.study / "about.json": (described, self.study, self.folder)})
+        seconds = {"training": self.of_runs("trained", trained)}
+        for judge in JUDGES.keys() - {"saved"}:
+            seconds[judge] = self.of_runs(judge, judged, judge)
+        (about,) = self.together({self.place / "about.json": (described, self.study, self.folder)})
         tuning = self.tune()
-        unrefined = self.figures([(seed, "default", {}, 0) for seed in self.seeds])
-        results = {}
-        for name in CONTENDERS:
-            cell = tuning["contenders"][name]["cell"]
-            results[name] = {
-                str(steps): self.figures([(seed, name, cell, steps) for seed in self.seeds]) for steps in BUDGETS
-            }
+        unrefined = [one["0"] for one in self.figures([(seed, "default", {}) for seed in self.seeds], [0])]
+        tasks = [(seed, name, tuning["contenders"][name]["cell"]) for name in self.contenders for seed in self.seeds]
+        results: dict[str, list[dict[str, Figures]]] = {name: [] for name in self.contenders}
+        for (_, name, _), one in zip(tasks, self.figures(tasks, BUDGETS), strict=True):
+            results[name].append(one)
         return {
             **about,
             "seeds": list(self.seeds),
-            "samples": SAMPLES,
+            "samples": STUDIES[self.study].samples,
+            "further": {"updates": STUDIES[self.study].updates, "batch": STUDIES[self.study].batch},
+            "seconds": {name: statistics.median(one["seconds"] for one in runs) for name, runs in seconds.items()},
             "tuning": tuning,
             "unrefined": unrefined,
             "results": results,
         }
-
-
-# ---- the page
-
-
-def ratios(report: Mapping[str, Any], name: str, steps: int) -> list[float]:
-    """Frechet distance after against before, of every seed; infinite where it diverged."""
-    after = report["results"][name][str(steps)]
-    return [b.get("frechet", math.inf) / a["frechet"] for a, b in zip(report["unrefined"], after, strict=True)]
-
-
-def lost_recall(report: Mapping[str, Any], name: str, steps: int) -> list[float]:
-    after = report["results"][name][str(steps)]
-    return [b.get("recall", 0.0) - a["recall"] for a, b in zip(report["unrefined"], after, strict=True)]
-
-
-def spread(values: Sequence[float], form: str) -> str:
-    """Median, and in brackets the smallest and the largest."""
-    return f"{statistics.median(values):{form}} ({min(values):{form}} to {max(values):{form}})"
-
-
-def option_text(cell: Mapping[str, float]) -> str:
-    return ", ".join(f"{name} {value:g}" for name, value in cell.items())
-
-
-def tables(report: Mapping[str, Any]) -> list[str]:
-    before, count = report["unrefined"], len(report["seeds"])
-    of = {what: [one[what] for one in before] for what in ("frechet", "precision", "recall")}
-    lines = [
-        f"{count} training seeds; features: {report['features']}; {report['samples']:,} generated against "
-        f"{report['real samples']:,} real samples; two halves of the real ones are {report['floor']:.2f} apart. "
-        f"Unrefined: Frechet distance {spread(of['frechet'], '.1f')}, precision {spread(of['precision'], '.3f')}, "
-        f"recall {spread(of['recall'], '.3f')}.",
-        "",
-        verdict(report),
-        "",
-        f"### At {TUNED_AT} evaluations",
-        "",
-        "| method | cell | Frechet after / before | precision | recall, change | moved | worse | recall lost | "
-        "diverged |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for name in by_quality(report):
-        after = report["results"][name][str(TUNED_AT)]
-        whole = [one for one in after if one]
-        ratio, lost = ratios(report, name, TUNED_AT), lost_recall(report, name, TUNED_AT)
-        worse, gone = sum(one > 1 for one in ratio), sum(one < -TOLERANCE for one in lost)
-        precision, moved = (
-            f"{statistics.median(one[what] for one in whole):.{digits}f}" if whole else ""
-            for what, digits in (("precision", 3), ("moved", 2))
-        )
-        lines.append(
-            f"| {CONTENDERS[name].what} | {option_text(report['tuning']['contenders'][name]['cell'])} | "
-            f"{spread(ratio, '.3f')} | {precision} | {spread(lost, '+.3f')} | {moved} | {worse}/{count} | "
-            f"{gone}/{count} | {count - len(whole)}/{count} |"
-        )
-    budgets = " | ".join(map(str, BUDGETS))
-    lines += ["", "### At other numbers of evaluations", ""]
-    lines += [
-        f"Median of Frechet after / before, and in brackets of the change of recall; the cells are those tuned at "
-        f"{TUNED_AT}.",
-        "",
-        f"| method | {budgets} |",
-        "|---|" + "---|" * len(BUDGETS),
-    ]
-    for name in by_quality(report):
-        cells = [
-            f"{statistics.median(ratios(report, name, steps)):.3f} "
-            f"({statistics.median(lost_recall(report, name, steps)):+.3f})"
-            for steps in BUDGETS
-        ]
-        lines.append(f"| {CONTENDERS[name].what} | {' | '.join(cells)} |")
-    return lines
-
-
-def verdict(report: Mapping[str, Any]) -> str:
-    """Whether the goal was reached, and what chance alone does."""
-    best = next(name for name in by_quality(report) if not is_control(name))
-    ratio, lost = (statistics.median(of(report, best, TUNED_AT)) for of in (ratios, lost_recall))
-    reached = ratio <= GOAL and lost >= 0 and best not in PUBLISHED
-    chance = [one for name in CONTENDERS if is_control(name) for one in ratios(report, name, TUNED_AT)]
-    shipped = statistics.median(ratios(report, "default", TUNED_AT))
-    return (
-        f"Goal (distance down by {1 - GOAL:.0%} at {TUNED_AT} evaluations, recall not lower, ahead of DGflow and "
-        f"DDLS): {'reached' if reached else 'not reached'}. The best method, {CONTENDERS[best].what}, gives "
-        f"{ratio:.2f} times the distance and {lost:+.3f} recall. The controls, which do not ask D, give "
-        f"{min(chance):.2f} to {max(chance):.2f} times the distance: what lies between is chance. The defaults give "
-        f"{shipped:.2f} times the distance."
-    )
-
-
-def is_control(name: str) -> bool:
-    return CONTENDERS[name].what.startswith("control")
-
-
-def by_quality(report: Mapping[str, Any]) -> list[str]:
-    return sorted(report["results"], key=lambda name: statistics.median(ratios(report, name, TUNED_AT)))
-
-
-def page(reports: Mapping[str, Any]) -> str:
-    """REFINE.md."""
-    cells = max(len(contender.cells) for contender in CONTENDERS.values())
-    lines = [
-        "# Do samples get better by refinement?",
-        "",
-        "```bash",
-        *(f"{COMMAND} --only {study} --seeds {len(report['seeds'])}" for study, report in reports.items()),
-        "```",
-        "",
-        f"Every method had {cells} cells, its step length and a second option, tried at {TUNED_AT} evaluations on one "
-        "training seed that is not reported; of the cells that kept recall within "
-        f"{TOLERANCE} of the unrefined samples the one of the lowest Frechet distance won (of all, where none kept "
-        "it). An evaluation is one gradient of D for every sample. Medians over seeds, in brackets the smallest and "
-        "the largest. Worse: seeds in which the distance grew; recall lost: in which it fell by more than "
-        f"{TOLERANCE}; diverged: in which samples were not finite.",
-        "",
-        "![Frechet distance and recall against evaluations](plots/refine.png)",
-        "",
-    ]
-    for study, report in reports.items():
-        lines += [f"## {STUDIES[study].title}", "", *tables(report), ""]
-    for study in STUDIES.keys() - reports.keys():
-        lines += [f"## {STUDIES[study].title}", "", "Not measured yet.", ""]
-    lines += ["## What was tried", ""]
-    for study, report in reports.items():
-        lines += [f"### {STUDIES[study].title}", "", *tried(report), ""]
-    return "\n".join(lines)
-
-
-def tried(report: Mapping[str, Any]) -> list[str]:
-    """All cells of the tuning."""
-    before = report["tuning"]["unrefined"]
-    lines = [
-        f"Seed {TUNING_SEED}, {TUNED_AT} evaluations, {TUNING_SAMPLES:,} samples; unrefined: Frechet distance "
-        f"{before['frechet']:.1f}, recall {before['recall']:.3f}. Frechet distance, and in brackets recall.",
-        "",
-        "| method | cells |",
-        "|---|---|",
-    ]
-    for name, found in report["tuning"]["contenders"].items():
-        told = []
-        for cell in found["tried"]:
-            options = {option: cell[option] for option in CONTENDERS[name].grid or {}}
-            figures = f"{cell['frechet']:.1f} ({cell['recall']:.3f})" if "frechet" in cell else "diverged"
-            told.append(f"{option_text(options)}: {figures}".removeprefix(": "))
-        lines.append(f"| {CONTENDERS[name].what} | {'; '.join(told)} |")
-    return lines
-
-
-def draw(reports: Mapping[str, Any], file: Path) -> None:
-    mpl.use("agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(2, len(reports), figsize=(6.2 * len(reports), 8.5), squeeze=False, layout="constrained")
-    for column, (study, report) in enumerate(reports.items()):
-        above, below = axes[:, column]
-        for name, colour in zip(report["results"], plt.get_cmap("tab20").colors, strict=False):
-            style = {"color": colour, "label": CONTENDERS[name].what, "marker": "o", "markersize": 3}
-            style["linestyle"] = "--" if CONTENDERS[name].options.get("method", "").startswith("dgflow") else "-"
-            above.plot((0, *BUDGETS), [1.0, *(statistics.median(ratios(report, name, n)) for n in BUDGETS)], **style)
-            below.plot(
-                (0, *BUDGETS), [0.0, *(statistics.median(lost_recall(report, name, n)) for n in BUDGETS)], **style
-            )
-        above.axhline(GOAL, color="#888888", linewidth=0.8)
-        above.text(25, GOAL, "goal ", ha="right", va="bottom", color="#555555", fontsize=8)
-        above.set(title=STUDIES[study].title, ylabel="Frechet distance, after / before", ylim=(0.6, 1.4))
-        below.axhline(0.0, color="#888888", linewidth=0.8)
-        below.set(xlabel="evaluations of D's gradient", ylabel="recall, change", ylim=(-0.1, 0.05))
-        below.legend(fontsize=7, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.15))
-    figure.savefig(file, dpi=120)
 
 
 def main() -> None:
@@ -483,8 +403,9 @@ def main() -> None:
     reports = {study: reports[study] for study in STUDIES if study in reports}
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     write_json(file, {"command": COMMAND, **versions, "studies": reports})
-    (HERE / "REFINE.md").write_text(page(reports))
-    draw(reports, HERE / "plots" / "refine.png")
+    titles = {name: study.title for name, study in STUDIES.items()}
+    (HERE / "REFINE.md").write_text(refine_page.page(COMMAND, titles, JUDGES, CONTENDERS, reports))
+    refine_page.draw(titles, JUDGES, CONTENDERS, reports, HERE / "plots" / "refine.png")
     print(f"{file}\n{HERE / 'REFINE.md'}")
 
 

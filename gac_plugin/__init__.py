@@ -1,6 +1,7 @@
 """GAC: gradient ascent along the discriminator's conjugate gradient direction, as a plugin for GAN training."""
 
 from gac_plugin.betas import BETAS, BetaRule, InnerProducts
+from gac_plugin.calibrate import calibrate
 from gac_plugin.conjugate import ConjugateGradient
 from gac_plugin.errors import UsageError
 from gac_plugin.losses import LOSSES, SCORES, Loss, Score
@@ -33,5 +34,6 @@ __all__ = [
     "Sharp",
     "Spectral",
     "UsageError",
+    "calibrate",
     "refine",
 ]

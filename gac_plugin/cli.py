@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from gac_plugin import (
     BETAS,
@@ -31,12 +32,13 @@ from gac_plugin.train import OneLineParser
 from gac_plugin.train import add_arguments as add_train_arguments
 from gac_plugin.train import run as run_train
 from gac_plugin.training.assess import DATA_SETTINGS, RESAMPLES, assess, table
+from gac_plugin.training.calibration import calibrated
 from gac_plugin.training.card import CARD, TRAINING
 from gac_plugin.training.config import PRESETS, Config, field_type
 from gac_plugin.training.data import codec_of
 from gac_plugin.training.files import COMPARISON, REPORT, write_json
 from gac_plugin.training.generate import GENERATION_BATCH, class_labels, draw_latents, generate
-from gac_plugin.training.hub import load_discriminator, load_generator, network_folder, read_recipe
+from gac_plugin.training.hub import judge_folder, load_discriminator, load_generator, network_folder, read_recipe
 from gac_plugin.training.judging.features import FEATURES
 from gac_plugin.training.judging.maps import explain
 from gac_plugin.training.networks import Recipe, adapter_names, adapter_options, find_adapter
@@ -142,8 +144,17 @@ def _parser() -> argparse.ArgumentParser:
     refined.add_argument("--method", default="conjugate", metavar="NAME", help=f"{', '.join(REFINEMENTS)} (gac info)")
     refined.add_argument("--rate", type=float, metavar="X", help="step length (default: the method's)")
     refined.add_argument("--prior", type=float, metavar="X", help="weight of the latents' log-prior (the method's)")
+    refined.add_argument("--proximity", type=float, metavar="X", help="weight of staying near the start (the method's)")
     refined.add_argument("--rule", metavar="NAME", help="conjugacy rule of the methods that climb (the method's)")
     refined.add_argument("--space", choices=SPACES, default="latent", help="what moves (default: latent)")
+    refined.add_argument(
+        "--calibrate",
+        type=int,
+        metavar="N",
+        help="first train D so long, on the run's data, that refined samples end where real ones are; left in "
+        "MODEL/calibrated",
+    )
+    refined.add_argument("--discriminator", metavar="FOLDER", help="(default: MODEL/calibrated, else the model's own)")
     refined.set_defaults(run=_refine)
 
     demo = commands.add_parser("demo", help="try a generator out on a local web page", allow_abbrev=False)
@@ -256,23 +267,18 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 def _refine(arguments: argparse.Namespace) -> None:
     _require_between("--steps", arguments.steps, 0, MOST_STEPS)
     folder, recipe, out = _asked_for(arguments, "refined")
-    judge = network_folder(arguments.model, "discriminator", arguments.revision)
-    if judge == folder:
-        raise UsageError(
-            f"no discriminator in {arguments.model!r}, and refinement needs one: name the run folder itself, or a "
-            "model that was published with --discriminator"
-        )
-    generator, discriminator, codec = load_generator(folder), load_discriminator(judge), codec_of(recipe)
+    generator, codec = load_generator(folder), codec_of(recipe)
+    options = {name: getattr(arguments, name) for name in ("method", "rate", "prior", "proximity", "rule")}
+    discriminator = _judge(arguments, folder, generator, options)
     latents, labels = (
         draw_latents(recipe, arguments.n, arguments.seed),
         class_labels(recipe, arguments.n, arguments.label),
     )
-    options = {name: getattr(arguments, name) for name in ("steps", "method", "rate", "prior", "rule")}
     random, reports = torch.Generator().manual_seed(arguments.seed), list[Refined]()
     before, after = [], []
     for rows in torch.arange(arguments.n).split(GENERATION_BATCH):
         conditions: dict[str, Any] = {} if labels is None else {"labels": labels[rows]}
-        further = {**options, **conditions, "random": random, "report": reports.append}
+        further = {**options, **conditions, "steps": arguments.steps, "random": random, "report": reports.append}
         with torch.no_grad():
             before.append(generator(latents[rows], **conditions))
             if arguments.space == "sample":
@@ -295,6 +301,27 @@ def _refine(arguments: argparse.Namespace) -> None:
         f"{arguments.n} samples in {out}: mean logit {was:.3f} -> {now:.3f}, {arguments.space}s moved {moved:.3f} in "
         f"the mean, {reports[0].evaluations} evaluations of D's gradient"
     )
+
+
+def _judge(arguments: argparse.Namespace, folder: Path, generator: nn.Module, options: Mapping[str, Any]) -> nn.Module:
+    """The discriminator to refine with: the one asked for, or the run's, calibrated if it has been or is to be."""
+    place: str | Path = arguments.discriminator or arguments.model
+    if arguments.discriminator or arguments.calibrate is not None or arguments.space == "sample":
+        judge = network_folder(place, "discriminator", None if arguments.discriminator else arguments.revision)
+    else:
+        judge = judge_folder(place, arguments.revision)
+    if judge == folder:
+        raise UsageError(
+            f"no discriminator in {str(place)!r}, and refinement needs one: name the run folder itself, or a "
+            "model that was published with --discriminator"
+        )
+    discriminator = load_discriminator(judge)
+    if arguments.calibrate is None:
+        return discriminator
+    _require_between("--calibrate", arguments.calibrate, 1, MOST_STEPS)
+    if arguments.space == "sample":
+        raise UsageError("--calibrate is for latents that move: leave out --space sample")
+    return calibrated(Path(arguments.model), generator, discriminator, arguments.calibrate, **options)
 
 
 def _asked_for(arguments: argparse.Namespace, name: str) -> tuple[Path, Recipe, Path]:

@@ -21,7 +21,7 @@ from gac_plugin.protocols import Codec
 from gac_plugin.refine import Refined, refine
 from gac_plugin.training.data import codec_of
 from gac_plugin.training.generate import class_labels, draw_latents, render, slerp
-from gac_plugin.training.hub import load_discriminator, load_generator, network_folder, read_recipe
+from gac_plugin.training.hub import judge_folder, load_discriminator, load_generator, network_folder, read_recipe
 from gac_plugin.training.networks import Recipe
 
 if TYPE_CHECKING:
@@ -372,7 +372,7 @@ def _heading(model: Model) -> str:
 def _judge_folder(path: str | Path, revision: str | None) -> Path | None:
     """The folder of the discriminator that was saved with a generator; None, or the generator's own, if none was."""
     try:
-        return network_folder(path, "discriminator", revision)
+        return judge_folder(path, revision)
     except UsageError:
         return None
 

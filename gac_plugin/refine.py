@@ -24,7 +24,8 @@ from gac_plugin.losses import SCORES, Score
 from gac_plugin.protocols import Logits
 from gac_plugin.tensors import per_sample_norm
 
-LATENT_PRIOR = 0.3
+LATENT_PROXIMITY = 30.0
+"""Of the methods that climb: so close that a discriminator as training leaves it does no harm."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,8 @@ class Refinement:
         walk: `climb` or `flow`.
         description: one line with its source.
         score: s, what of the logit it climbs.
-        prior: weight of the standard normal log-prior of latents; samples have none.
-        proximity: weight of staying near the start.
+        prior: weight of the standard normal log-prior of latents.
+        proximity: weight of latents' staying near the start. Both are 0 for samples.
         rate: step length.
         rule: name of the conjugacy rule, for `climb`.
         noise: temperature, for `flow`.
@@ -64,11 +65,18 @@ REFINEMENTS: dict[str, Refinement] = {
         Refinement(
             "conjugate",
             climb,
-            "ascent along conjugate directions; a step that lowers h is halved",
-            prior=LATENT_PRIOR,
-            rule="fr",
+            "ascent along conjugate directions near the start; a step that lowers h is halved",
+            proximity=LATENT_PROXIMITY,
+            rate=0.7 / LATENT_PROXIMITY,
+            rule="pr+",
         ),
-        Refinement("gradient", climb, "the same along the gradient alone", prior=LATENT_PRIOR),
+        Refinement(
+            "gradient",
+            climb,
+            "the same along the gradient alone",
+            proximity=LATENT_PROXIMITY,
+            rate=0.7 / LATENT_PROXIMITY,
+        ),
         Refinement(
             "langevin",
             flow,
@@ -137,9 +145,10 @@ def refine(
 ) -> Tensor:
     """Move latents, or samples, to where the discriminator finds them more real.
 
-    By default by conjugate ascent, in which each sample has its own direction, beta and step length, and its h never
-    falls. Parameters and buffers of both networks stay as they are, and they run in evaluation mode. None stands for
-    the method's own value. Only methods with noise draw numbers.
+    By default by conjugate ascent near the start, in which each sample has its own direction, beta and step length, and
+    its h never falls. It improves samples where the discriminator has been through `calibrate`; with one as training
+    leaves it there is little to win. Parameters and buffers of both networks stay as they are, and they run in
+    evaluation mode. None stands for the method's own value. Only methods with noise draw numbers.
 
     Args:
         generator: latents (and conditions) -> samples; None to move samples directly.
@@ -147,18 +156,17 @@ def refine(
         z: latents, or samples where `generator` is None; shape (B, ...), floating point. Not changed.
         steps: number of iterations, at least 0. Every method takes one gradient of D for each.
         rate: first step length along d, positive.
-        prior: weight of the standard normal log-prior; None means 0 for samples. Ascent seeks the mode: more steps,
-            longer ones or a larger weight trade variety (recall) for typical samples (precision).
-        rule: a name in `BETAS` or a `BetaRule`, for the methods that climb; "none" is plain gradient ascent. With steps
-            of a fixed length instead of a line search, "pr+" hardly ever differs from it, and "fr" climbs far faster.
+        prior: weight of the standard normal log-prior; None means 0 for samples.
+        rule: a name in `BETAS` or a `BetaRule`, for the methods that climb; "none" is plain gradient ascent.
         beta_max: bound on |beta|.
         output: "logit", or "probability" for a discriminator that ends in a sigmoid.
         logits: picks the logits out of what the discriminator returns.
         report: called at the end with a `Refined`, which says how far each sample moved.
         method: a name in `REFINEMENTS` or a `Refinement`.
         score: a name in `SCORES` or a `Score`: what of the logit is climbed.
-        proximity: weight of staying near the start. With it h has a maximum nearby: more steps come closer to it
-            instead of moving on.
+        proximity: weight of staying near the start; None means 0 for samples. With it h has a maximum nearby: more
+            steps come closer to it instead of moving on. Without it ascent seeks the mode, and trades variety (recall)
+            for typical samples (precision). A rate somewhat below its inverse suits it.
         noise: temperature, at least 0, for the methods that flow.
         random: where the draws come from, which makes them repeatable; None for torch's own generator.
         conditions: passed to both networks by keyword.
@@ -171,8 +179,9 @@ def refine(
     """
     method = resolve(method, REFINEMENTS, "method")
     _require_fitting(method, generator, rule, noise)
-    weight = prior if prior is not None else (0.0 if generator is None else method.prior)
-    near = method.proximity if proximity is None else proximity
+    own_prior, own_proximity = (0.0, 0.0) if generator is None else (method.prior, method.proximity)
+    weight = own_prior if prior is None else prior
+    near = own_proximity if proximity is None else proximity
     stride = Stride(
         steps,
         method.rate if rate is None else rate,

@@ -228,7 +228,7 @@ def test_every_command_in_the_documentation_can_be_parsed(line):
 @pytest.mark.parametrize(
     ("options", "what"),
     [
-        (["--rate", "1", "--prior", "0"], "latents"),
+        (["--rate", "1", "--proximity", "0"], "latents"),
         (["--method", "dgflow-kl", "--rate", "20"], "latents"),
         (["--space", "sample", "--rate", "1"], "samples"),
     ],
@@ -255,10 +255,11 @@ def test_refinement_writes_samples_and_says_what_it_did(run, tmp_path, capsys, o
 
 def test_refinement_is_that_of_the_library(run, tmp_path, capsys):
     arguments = ["refine", str(run), "--steps", "5", "--n", "3", "--rate", "0.2", "--prior", "0.1", "--rule", "none"]
+    arguments += ["--proximity", "0.3"]
     assert main([*arguments, "--out", str(tmp_path / "refined.png")]) == 0
     generator, discriminator, reports = load_generator(run), load_discriminator(run), []
     latents = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
-    refined = refine(generator, discriminator, latents, 5, 0.2, 0.1, "none", report=reports.append)
+    refined = refine(generator, discriminator, latents, 5, 0.2, 0.1, "none", proximity=0.3, report=reports.append)
     (told,) = reports
     figures = f"{told.logit_before.mean():.3f} -> {told.logit_after.mean():.3f}, latents moved {told.moved.mean():.3f}"
     assert figures in capsys.readouterr().out
@@ -271,6 +272,27 @@ def test_refinement_is_that_of_the_library(run, tmp_path, capsys):
             assert picture.crop((left, top, left + 48, top + 48)).tobytes() == tile.tobytes()
 
 
+def test_a_calibrated_discriminator_is_left_beside_the_runs_own(run, tmp_path):
+    def refined(name, *options):
+        assert main(["refine", str(folder), "--n", "4", "--out", str(tmp_path / name), *options]) == 0
+        return (tmp_path / name).read_bytes()
+
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    own = refined("own.png")
+    calibrated = refined("calibrated.png", "--calibrate", "3", "--rate", "0.05")
+    left = load_discriminator(folder / "calibrated").state_dict()
+    assert refined("again.png", "--discriminator", str(folder / "calibrated"), "--rate", "0.05") == calibrated
+    assert refined("anew.png", "--calibrate", "3", "--rate", "0.05") == calibrated
+    assert refined("taken.png", "--rate", "0.05") == calibrated, "a calibrated one is taken where there is one"
+    assert refined("after.png", "--discriminator", str(folder / "discriminator")) == own
+    own_samples = refined("samples.png", "--space", "sample", "--rate", "9")
+    assert refined("others.png", "--space", "sample", "--rate", "9", "--discriminator", str(run)) == own_samples
+    refined("more.png", "--calibrate", "4")
+    for other in (load_discriminator(run), load_discriminator(folder / "calibrated")):
+        assert any(not torch.equal(value, left[name]) for name, value in other.state_dict().items())
+
+
 PLACES = [(0, 0), (1, 0), (2, 0), (3, 0), (0, 1), (1, 1)]
 
 
@@ -278,7 +300,7 @@ def test_each_sample_stands_before_and_after_side_by_side(run, tmp_path):
     pictures = []
     for steps in ("0", "30"):
         out = tmp_path / f"{steps}.png"
-        options = ["--n", "3", "--steps", steps, "--rate", "0.5", "--compare", "--out", str(out)]
+        options = ["--n", "3", "--steps", steps, "--rate", "0.5", "--proximity", "0", "--compare", "--out", str(out)]
         assert main(["refine", str(run), *options]) == 0
         with Picture.open(out) as picture:
             assert picture.size == (4 * 52 + 4, 2 * 52 + 4)
@@ -302,6 +324,13 @@ def test_each_sample_stands_before_and_after_side_by_side(run, tmp_path):
         (["RUN", "--method", "newton"], "unknown method 'newton'; choose one of: conjugate, "),
         (["RUN", "--rule", "pr"], "unknown rule 'pr'"),
         (["RUN", "--rate", "0"], r"a positive rate, got .*rate=0\.0"),
+        (["RUN", "--calibrate", "0"], "--calibrate must be between 1 and 10000, got 0"),
+        (["RUN", "--calibrate", "2", "--space", "sample"], "--calibrate is for latents that move: leave out --space"),
+        (
+            ["RUN/generator", "--discriminator", "RUN", "--calibrate", "2"],
+            "is no run folder and does not tell its data",
+        ),
+        (["RUN", "--discriminator", "RUN/generator"], "no discriminator in '.*generator', and refinement needs one"),
         (["RUN", "--space", "sample", "--method", "langevin"], "'langevin' moves latents, not samples"),
         (["RUN", "--method", "langevin", "--rate", "1e9", "--steps", "99"], "not finite any more, .* a smaller --rate"),
     ],

@@ -94,10 +94,11 @@ def test_a_folder_that_holds_a_run_is_replaced_only_when_told(tmp_path):
 
 def test_all_that_a_run_leaves_is_cleared_and_nothing_else(tmp_path):
     left = ["config.json", "metrics.jsonl", "evaluation.json", "environment.json", "memorisation.json", "report.html"]
+    left += ["calibrated/discriminator/model.safetensors"]
     left += ["memorisation.png", "samples/step-0000001.png", "maps/step-0000001.png", "generator/model.safetensors"]
     mine = ["comparison.html", "maps.txt", "my samples/a.png"]
     for name in (*left, *mine):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("")
     clear_run(tmp_path)
     assert sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()) == mine

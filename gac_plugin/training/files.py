@@ -20,6 +20,8 @@ MARK = "config.json"
 """The file that tells a run folder."""
 PARTS = ("samples", "maps", "checkpoints", "logs", "generator", "discriminator")
 """The folders in a run folder."""
+CALIBRATED = "calibrated"
+"""The folder in a run folder that holds a discriminator to refine with."""
 REPORT, COMPARISON = "report.html", "comparison.html"
 HALF_WRITTEN = re.compile(r"\.[\w-]+-[a-z0-9_]{8}\.\w+")
 """What `write_whole` calls a file until it is whole."""
@@ -150,6 +152,7 @@ def sweep_run(folder: Path) -> None:
     """Take away what a process that was killed has left half-written, and what was found of an earlier generator."""
     for part in ("memorisation.json", "memorisation.png"):
         (folder / part).unlink(missing_ok=True)
+    shutil.rmtree(folder / CALIBRATED, ignore_errors=True)
     for place in (folder, *(folder / part for part in PARTS)):
         for path in place.glob(".*"):
             if HALF_WRITTEN.fullmatch(path.name) and path.is_file():

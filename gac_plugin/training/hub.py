@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from gac_plugin.errors import UsageError
 from gac_plugin.training.config import OUTPUT_RANGES, read_config
-from gac_plugin.training.files import write_json, write_whole
+from gac_plugin.training.files import CALIBRATED, write_json, write_whole
 from gac_plugin.training.networks import Recipe, adapter_names
 from gac_plugin.training.remote import asking, is_repo_id
 
@@ -98,6 +98,17 @@ def network_folder(path: str | Path, kind: str, revision: str | None = None, tok
             if (place / WEIGHTS).is_file():
                 return place
     raise UsageError(f"no {kind} in {name!r}: neither it nor its folder {kind!r} holds {WEIGHTS}")
+
+
+def judge_folder(path: str | Path, revision: str | None = None) -> Path:
+    """The folder with the discriminator to refine latents with: the calibrated one where a run holds one; see
+    `network_folder`."""
+    if revision is None:
+        with suppress(OSError):
+            calibrated = Path(path) / CALIBRATED / "discriminator"
+            if (calibrated / WEIGHTS).is_file():
+                return calibrated
+    return network_folder(path, "discriminator", revision)
 
 
 def read_recipe(path: str | Path, revision: str | None = None, token: str | None = None) -> Recipe:

@@ -12,7 +12,7 @@ what D looks at in the large. Both networks run in evaluation mode and stay as t
 import math
 from collections.abc import Callable, Mapping
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from gac_plugin.training.data import codec_of
 from gac_plugin.training.data.images import ImageCodec
 from gac_plugin.training.files import write_json, write_whole
 from gac_plugin.training.generate import class_labels, draw_latents
-from gac_plugin.training.hub import load_discriminator, load_generator, network_folder, read_recipe
+from gac_plugin.training.hub import judge_folder, load_discriminator, load_generator, network_folder, read_recipe
 from gac_plugin.training.judging.sheets import letters, overlay, pictures, stacked, write_bars, write_sheet
 from gac_plugin.training.networks import Recipe
 
@@ -264,7 +264,7 @@ def explain(model: str, out: Path, count: int = 8, seed: int = 0, revision: str 
     return [
         _write_maps(pair, wish, out),
         *_write_training(pair, Path(model) / "checkpoints", out),
-        _write_refinement(pair, out),
+        _write_refinement(replace(pair, discriminator=load_discriminator(judge_folder(model, revision))), out),
         *_write_layers(pair, wish, out),
     ]
 
