@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from gac_plugin.errors import UsageError
 from gac_plugin.training import load_discriminator, load_generator
-from gac_plugin.training.hub import save_network
+from gac_plugin.training.hub import judge_folder, save_network
 from gac_plugin.training.networks import Recipe
 
 RECIPE = Recipe("mlp", {"sample_shape": [1, 4, 4], "latent_size": 3, "width": 5, "depth": 1, "output": "tanh"})
@@ -35,6 +35,16 @@ def test_a_generator_loads_back_from_its_run_or_its_own_folder(saved, part):
 
 def test_a_discriminator_loads_back(saved):
     assert load_discriminator(saved[0])(torch.randn(2, 1, 4, 4)).shape == (2, 1)
+
+
+def test_refinement_is_judged_by_the_calibrated_discriminator_where_a_run_holds_one(saved):
+    folder, _ = saved
+    assert judge_folder(folder) == folder / "discriminator"
+    assert judge_folder(folder / "generator") == folder / "generator", "which is no discriminator, and the caller tells"
+    save_network(folder / "calibrated" / "discriminator", RECIPE.discriminator(), RECIPE)
+    assert judge_folder(folder) == folder / "calibrated" / "discriminator"
+    with pytest.raises(UsageError, match="a revision is for a name on the Hub"):
+        judge_folder(folder, "main")
 
 
 def test_only_safetensors_and_json_are_written(saved):

@@ -16,7 +16,7 @@ from gac_plugin.adapters.text import TextCodec
 from gac_plugin.cli import main
 from gac_plugin.errors import UsageError
 from gac_plugin.training.data.images import ImageCodec
-from gac_plugin.training.hub import load_discriminator, load_generator, save_network
+from gac_plugin.training.hub import load_discriminator, load_generator, read_recipe, save_network
 from gac_plugin.training.judging.maps import (
     coordinates_heard,
     draw_tiles,
@@ -279,6 +279,20 @@ def test_explain_repeats_for_a_seed(run, tmp_path):
         explain(str(run), tmp_path / name, count=2, seed=seed)
         pictures.append((tmp_path / name / "maps.png").read_bytes())
     assert pictures[0] == pictures[1] != pictures[2]
+
+
+def test_the_film_of_refinement_takes_the_calibrated_discriminator(run, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    explain(str(folder), tmp_path / "before", 2)
+    recipe = read_recipe(folder / "discriminator")
+    save_network(folder / "calibrated" / "discriminator", recipe.discriminator(), recipe)
+    explain(str(folder), tmp_path / "after", 2)
+    same = {
+        name: (tmp_path / "before" / name).read_bytes() == (tmp_path / "after" / name).read_bytes()
+        for name in ("maps.png", "training.png", "refine.png")
+    }
+    assert same == {"maps.png": True, "training.png": True, "refine.png": False}
 
 
 def test_explain_takes_a_model_from_the_hub_that_was_published_with_its_discriminator(run, tmp_path, hub):
