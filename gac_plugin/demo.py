@@ -291,7 +291,7 @@ def _sample_tab(gr: Any, model: Model, draw: Sequence[Any], page: Any) -> dict[s
 def _refine_tab(gr: Any, model: Model, draw: Sequence[Any]) -> None:
     gr.Markdown(
         "Each latent climbs to where the discriminator finds its sample more real. "
-        "More steps trade variety for typical samples."
+        "It stays near its start, so more steps do no harm."
     )
     steps = gr.Slider(0, MOST_STEPS, 20, step=1, label="Steps")
     button = gr.Button("Refine", variant="primary")

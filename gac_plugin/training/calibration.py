@@ -2,6 +2,7 @@
 
 from collections.abc import Generator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,12 @@ from gac_plugin.errors import UsageError
 from gac_plugin.training.config import make_config, read_config
 from gac_plugin.training.data import load_data
 from gac_plugin.training.data.feed import Batch, Feed
+from gac_plugin.training.data.streaming import Stream
 from gac_plugin.training.files import CALIBRATED, MARK
 from gac_plugin.training.hub import read_recipe, save_network
+
+BATCH = 256
+"""Samples in an update, or more where the run has taken more: with fewer it depends on chance what comes of it."""
 
 
 def calibrated(run: Path, generator: nn.Module, discriminator: nn.Module, updates: int, **refinement: Any) -> nn.Module:
@@ -34,6 +39,9 @@ def calibrated(run: Path, generator: nn.Module, discriminator: nn.Module, update
     if not ((run / MARK).is_file() and (run / "generator").is_dir()):
         raise UsageError(f"{str(run)!r} is no run folder and does not tell its data; --calibrate needs one")
     config, recipe = make_config({"cpu": True}, earlier=read_config(run / MARK)), read_recipe(run / "generator")
+    data = load_data(config)
+    most = BATCH if isinstance(data.train, Stream) else min(BATCH, len(data.train))
+    config = replace(config, batch_size=max(config.batch_size, most))
     draw = torch.Generator().manual_seed(config.seed)
 
     def with_latents(batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -41,7 +49,7 @@ def calibrated(run: Path, generator: nn.Module, discriminator: nn.Module, update
         z = torch.randn(len(real), recipe.latent_size, generator=draw)
         return real, z, {"labels": labels} if recipe.classes and labels is not None else {}
 
-    stream: Generator[Batch] = Feed(config, load_data(config), 0, 1, torch.device("cpu")).batches()
+    stream: Generator[Batch] = Feed(config, data, 0, 1, torch.device("cpu")).batches()
     with closing(stream):
         network = calibrate(generator, discriminator, map(with_latents, stream), updates, **refinement)
     save_network(run / CALIBRATED / "discriminator", network, read_recipe(run / "discriminator"))
