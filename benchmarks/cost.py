@@ -1,0 +1,283 @@
+"""What does a training step cost? GAC against the loops that people use, and against its own arithmetic in a flat loop.
+
+    python -m benchmarks.cost        writes results/cost.json, plots/cost.png and COST.md; about 20 minutes on two cores
+
+All contenders of a case (`cost_steps.py`) step the same two networks on the same batches, in turns within each round,
+the order shifted from round to round; a ratio is that of two contenders' times within one round. Learning rate 0, so
+that all of them always meet the same networks. On one thread CPU time is taken, else wall-clock time.
+
+Floating-point operations are those of matrix products and convolutions, counted as they run. Peak memory is what
+tensors hold at the worst moment, parameters, gradients and optimizer states among them; on the CPU without the scratch
+space that a kernel takes for itself.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate, product
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from benchmarks import cost_page
+from benchmarks.cells import add_out
+from benchmarks.cost_steps import CONTENDERS, LAZY, Game, Step
+from gac_plugin.adapters import dcgan, mimicry, mlp
+from gac_plugin.protocols import Adapter
+from gac_plugin.training.files import write_json
+
+LATENT, SEED, WARM = 64, 0, 2
+BASES = ("textbook", "r3gan", "flat fresh", "flat fused")
+COMPILED = ("textbook", "flat fresh", "fresh", "flat fused", "fused")
+
+Report = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    """Networks and how they are measured.
+
+    Attributes:
+        title: for tables.
+        adapter: what builds them.
+        shape: of a sample.
+        width, depth: of both networks.
+        batch: number of samples.
+        turn: steps of a contender within a round, a multiple of the penalty's interval.
+        rounds: of which the first two do not count.
+    """
+
+    title: str
+    adapter: Adapter
+    shape: tuple[int, int, int]
+    width: int
+    depth: int
+    batch: int
+    turn: int
+    rounds: int
+
+
+CASES = {
+    "mlp": Case("MLP, 28 x 28, width 256, batch 64", mlp.adapter, (1, 28, 28), 256, 2, 64, 5 * LAZY, 100),
+    "dcgan": Case("DCGAN, 3 x 32 x 32, width 64, batch 32", dcgan.adapter, (3, 32, 32), 64, 3, 32, LAZY, 12),
+    "residual": Case("residual, 3 x 32 x 32, width 32, batch 16", mimicry.adapter, (3, 32, 32), 32, 2, 16, LAZY, 12),
+}
+
+
+def make_game(case: Case, device: str = "cpu", dtype: torch.dtype = torch.float32, compiled: bool = False) -> Game:
+    """Networks with fresh weights, and Adam for each with rate 0."""
+    torch.manual_seed(SEED)
+    arguments = {"sample_shape": case.shape, "latent_size": LATENT, "width": case.width, "depth": case.depth}
+    builders = case.adapter.generator, case.adapter.discriminator
+    networks: list[nn.Module] = [build(**arguments, output="tanh").to(device, dtype) for build in builders]
+    if compiled:
+        for network in networks:
+            network.compile()
+    return Game(
+        *networks, *(torch.optim.Adam(n.parameters(), 0.0, (0.0, 0.99), foreach=True) for n in networks), LATENT
+    )
+
+
+def make_batches(case: Case, count: int, device: str = "cpu", dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """Stand-ins for real samples, in the generator's range."""
+    return [torch.rand(case.batch, *case.shape, device=device, dtype=dtype) * 2 - 1 for _ in range(count)]
+
+
+def run(step: Step, batches: Sequence[Tensor]) -> None:
+    """A step on each batch."""
+    for real in batches:
+        step(real)
+
+
+# ---- time
+
+
+def wall() -> float:
+    """Seconds of the clock, with all that the device was given done."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def interleave(
+    steps: Mapping[str, Step], batches: Sequence[Tensor], rounds: int, clock: Callable[[], float]
+) -> dict[str, list[float]]:
+    """Seconds a step of every contender, for each of the rounds that count."""
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    names = list(steps)
+    for number in range(rounds + WARM):
+        first = number % len(names)
+        for name in names[first:] + names[:first]:
+            began = clock()
+            run(steps[name], batches)
+            if number >= WARM:
+                times[name].append((clock() - began) / len(batches))
+    return times
+
+
+def ratio(times: Sequence[float], base: Sequence[float]) -> list[float]:
+    """Lower quartile, median and upper quartile of the ratios within rounds."""
+    return statistics.quantiles([a / b for a, b in zip(times, base, strict=True)], n=4)
+
+
+# ---- operations
+
+
+class _Counter(TorchDispatchMode):
+    total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if count := flop_registry.get(func._overloadpacket):
+            self.total += count(*args, **(kwargs or {}), out_val=result)
+        return result
+
+
+def count_operations(step: Step, batches: Sequence[Tensor]) -> int:
+    """Floating-point operations of matrix products and convolutions, two for each multiplication and addition.
+
+    `torch.utils.flop_counter.FlopCounterMode` has the same formulas and does not work with `torch.autograd.grad`.
+    """
+    with _Counter() as counter:
+        run(step, batches)
+    return counter.total
+
+
+# ---- memory
+
+
+def peak_memory(make_step: Callable[[], Step], batches: Sequence[Tensor]) -> int:
+    """Bytes that tensors hold at the worst moment, from the making of the networks through a step on each batch."""
+    if batches[0].is_cuda:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run(make_step(), batches)
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run(make_step(), batches)
+    assert profiler.profiler is not None
+    events = profiler.profiler.kineto_results.events()
+    changes = sorted((event for event in events if event.name() == "[memory]"), key=lambda event: event.start_ns())
+    return max(accumulate(event.nbytes() for event in changes))
+
+
+# ---- all of it
+
+
+def measure(case: Case, device: str, dtype: torch.dtype, threads: Sequence[int], rounds: int) -> Report:
+    """Operations a step, peak memory, and times by the number of threads, of all contenders."""
+    print(case.title, flush=True)
+    batches = make_batches(case, case.turn, device, dtype)
+    memory = {name: peak_memory(partial(start, name, case, device, dtype), batches[:LAZY]) for name in CONTENDERS}
+    game = make_game(case, device, dtype)
+    steps = {name: contender(game) for name, contender in CONTENDERS.items()}
+    for step in steps.values():
+        run(step, batches[:LAZY])
+    operations = {name: count_operations(step, batches[:LAZY]) / LAZY for name, step in steps.items()}
+    times = {}
+    for number in threads:
+        torch.set_num_threads(number)
+        clock = time.process_time if (number, device) == (1, "cpu") else wall
+        times[str(number)] = summary(interleave(steps, batches, rounds, clock))
+        print(f"{number} threads\n{told(times[str(number)])}", flush=True)
+    return {"title": case.title, "operations": operations, "memory": memory, "times": times}
+
+
+def start(name: str, case: Case, device: str, dtype: torch.dtype) -> Step:
+    """A contender's step with networks of its own."""
+    return CONTENDERS[name](make_game(case, device, dtype))
+
+
+def measure_compiled(case: Case, device: str, dtype: torch.dtype, rounds: int) -> Report:
+    """Some contenders with the networks as they are and through `torch.compile`, on one thread."""
+    torch.set_num_threads(1)
+    batches, steps, seconds = make_batches(case, case.turn, device, dtype), {}, {}
+    for name, compiled in product(COMPILED, (False, True)):
+        title = f"{name}, compiled" if compiled else name
+        steps[title] = CONTENDERS[name](make_game(case, device, dtype, compiled))
+        began = time.perf_counter()
+        run(steps[title], batches)
+        seconds[title] = time.perf_counter() - began
+    times = summary(interleave(steps, batches, rounds, time.process_time if device == "cpu" else wall))
+    print(f"{case.title}, compiled\n{told(times)}", flush=True)
+    return {"title": case.title, "first turn, seconds": seconds, "times": times}
+
+
+def summary(times: Mapping[str, Sequence[float]]) -> Report:
+    """Of each contender the median seconds a step, and the quartiles of its ratios to those in `BASES`."""
+    return {
+        name: {"seconds": statistics.median(seconds)}
+        | {base: ratio(seconds, times[base]) for base in BASES if base in times}
+        for name, seconds in times.items()
+    }
+
+
+def told(found: Report) -> str:
+    lines = []
+    for name, figures in found.items():
+        ratios = (
+            f"{base} {middle:.3f} ({low:.3f} to {high:.3f})" for base, (low, middle, high) in list(figures.items())[1:]
+        )
+        lines.append(f"  {name:<26} {1e3 * figures['seconds']:8.2f} ms, to {', '.join(ratios)}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--only", choices=CASES, help="one case; the figures of the others stay")
+    parser.add_argument("--rounds", type=int, metavar="N", help="rounds that count (default: 100 of the MLP, else 12)")
+    parser.add_argument("--device", default="cpu", help="(default: cpu)")
+    parser.add_argument("--dtype", default="float32", help="of networks and samples, for example bfloat16")
+    parser.add_argument(
+        "--threads", type=int, nargs="+", default=[1, 2], metavar="N", help="(default: 1 2); others stay"
+    )
+    parser.add_argument("--compile", action="store_true", help="only this: torch.compile on the MLP's networks")
+    add_out(parser)
+    arguments = parser.parse_args()
+    dtype, file = getattr(torch, arguments.dtype), arguments.out / "results" / "cost.json"
+    report: Report = json.loads(file.read_text()) if file.exists() else {}
+    found = report.setdefault(f"{arguments.device}, {arguments.dtype}", {})
+    found["machine"] = machine(arguments.device)
+    if arguments.compile:
+        case = CASES["mlp"]
+        found["compiled"] = measure_compiled(case, arguments.device, dtype, arguments.rounds or case.rounds)
+        save(report, arguments.out)
+        return
+    for name in [arguments.only] if arguments.only else CASES:
+        case = CASES[name]
+        measured = measure(case, arguments.device, dtype, arguments.threads, arguments.rounds or case.rounds)
+        measured["times"] = {**found.get(name, {}).get("times", {}), **measured["times"]}
+        found[name] = measured
+        save(report, arguments.out)
+
+
+def save(report: Report, out: Path) -> None:
+    """Write the figures, and the page and the plot that show them."""
+    write_json(out / "results" / "cost.json", report)
+    cost_page.write(out)
+
+
+def machine(device: str) -> str:
+    name = (
+        torch.cuda.get_device_name()
+        if device.startswith("cuda")
+        else f"{os.cpu_count()} CPU cores, {platform.machine()}"
+    )
+    return f"{name}; Python {platform.python_version()}, torch {torch.__version__}"
+
+
+if __name__ == "__main__":
+    main()
