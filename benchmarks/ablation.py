@@ -1,0 +1,450 @@
+"""What does each piece of GAC contribute, and what should its defaults be? One factor at a time on MNIST.
+
+    python -m benchmarks.ablation MNIST_FOLDER --work FOLDER
+
+writes results/ablation.json, ABLATION.md and a plot.
+
+Everything starts from the defaults of `gac train`, and each rival changes one factor. Every rival, and the default, has
+the generator's rate tuned over as many values on a seed of its own. A rival is ahead if it is better than the default
+over 5 paired seeds by more than twice the standard error of the log ratio. Of so many rivals some are ahead by chance,
+and what wins a short run may lose a long one; so those ahead meet the default again in longer runs on other seeds, and
+only one that is ahead there too is the winner of its factor. Ties leave the default.
+"""
+
+import math
+import statistics
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from benchmarks.cells import Cells, new_figure, new_parser, table, workers, write_report
+from benchmarks.peers import Batches, Make, Step, adam, conjugate, constant, falling, gac, latents, lookahead
+from benchmarks.quality_runs import TUNING_SEED, learn, new_run, yardstick
+from gac_plugin import BETAS, GAC, ConjugateGradient, GradientPenalty, Score
+from gac_plugin.cotangent import pullback
+from gac_plugin.training import Config
+from gac_plugin.training.schedules import Schedule
+
+COMMAND = "python -m benchmarks.ablation MNIST_FOLDER --work FOLDER"
+STUDY, CONFIRMING_SEED = "mnist", 10
+SURE = 2.0
+"""Standard errors by which a rival has to be better."""
+RATES = (1e-3, 2e-3, 4e-3)
+DEFAULT = "default"
+
+
+# ---- what is varied
+
+
+@dataclass(frozen=True)
+class Variant:
+    """The default recipe with one factor changed.
+
+    Attributes:
+        factor: what is changed, and to what (`value`), in words.
+        settings: of `Config`, if it has them; then a winner can become the default.
+        make: (settings of the run, steps) -> how the networks are trained.
+        rates: of the generator that are tried.
+    """
+
+    factor: str
+    value: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    make: Callable[[Config, int], Make] | None = None
+    rates: tuple[float, ...] = RATES
+
+    @property
+    def config(self) -> Config:
+        return Config(**self.settings)
+
+    def recipe(self, steps: int) -> Make:
+        return (self.make or recipe)(self.config, steps)
+
+
+def recipe(config: Config, steps: int, rule: Any = None, score: Any = None) -> Make:
+    """What `gac train` does under a configuration."""
+    schedule = Schedule.parse(config.lr_schedule, "--lr-schedule")
+    options = {"metric": config.metric, "beta_max": config.beta_max, "beta2": config.beta2}
+    return gac(
+        falling(conjugate(rule or config.rule, **options), schedule, steps),
+        falling(adam(float(config.beta1), config.beta2), schedule, steps),
+        loss=config.loss,
+        score=score or config.score,
+        penalty=penalty_of(config),
+        schedule=config.schedule,
+    )
+
+
+def penalty_of(config: Config) -> GradientPenalty:
+    return GradientPenalty(config.r1, config.r2, config.penalty_interval)
+
+
+def momentum(beta: float) -> Callable[[Config, int], Make]:
+    return lambda config, steps: recipe(config, steps, rule=constant(beta))
+
+
+def scored(score: Score) -> Callable[[Config, int], Make]:
+    return lambda config, steps: recipe(config, steps, score=score)
+
+
+def new_gac(config: Config, generator: nn.Module, discriminator: nn.Module, lr_g: float, lr_d: float) -> GAC:
+    return GAC(
+        generator,
+        discriminator,
+        ConjugateGradient(
+            generator.parameters(), lr_g, config.rule, config.metric, beta_max=config.beta_max, beta2=config.beta2
+        ),
+        torch.optim.Adam(discriminator.parameters(), lr_d, betas=(float(config.beta1), config.beta2)),
+        penalty=penalty_of(config),
+    )
+
+
+def pullbacks(times: int) -> Callable[[Config, int], Make]:
+    """G takes several steps towards one target in sample space: the same covectors, pulled back where G then is."""
+
+    def of(config: Config, _: int) -> Make:
+        def make(generator: nn.Module, discriminator: nn.Module, lr_g: float, lr_d: float) -> Step:
+            strategy = new_gac(config, generator, discriminator, lr_g, lr_d)
+
+            def step(batches: Batches) -> None:
+                real = next(batches)
+                z = latents(generator, real)
+                fake = generator(z)
+                strategy.discriminator_step(real, fake)
+                covector = strategy.cotangent(fake) / len(real)
+                for number in range(times):
+                    strategy.generator_optimizer.zero_grad()
+                    pullback(generator(z) if number else fake, -covector)
+                    strategy.generator_optimizer.step()
+
+            return step
+
+        return make
+
+    return of
+
+
+def common_batch(config: Config, _: int) -> Make:
+    """beta from two gradients on one batch and one D: y = g(theta_t) - g(theta_(t-1)), without the noise between draws.
+
+    The rule's own g- and <g-, u-> are replaced before each step by those at the parameters before, for the latents and
+    the discriminator of now.
+    """
+
+    def make(generator: nn.Module, discriminator: nn.Module, lr_g: float, lr_d: float) -> Step:
+        strategy = new_gac(config, generator, discriminator, lr_g, lr_d)
+        optimizer, names = strategy.generator_optimizer, [name for name, _ in generator.named_parameters()]
+        parameters, before = list(generator.parameters()), list[Tensor]()
+
+        def step(batches: Batches) -> None:
+            real = next(batches)
+            z = latents(generator, real)
+            fake = generator(z)
+            strategy.discriminator_step(real, fake)
+            if before:
+                fake_before = functional_call(generator, dict(zip(names, before, strict=True)), (z,))
+                covector = strategy.cotangent(fake_before) / len(real)
+                for parameter, g in zip(parameters, torch.autograd.grad(fake_before, before, -covector), strict=True):
+                    state = optimizer.state[parameter]
+                    m = (state["second_moment"] / (1 - config.beta2 ** state["step"])).sqrt() + 1e-8
+                    state["covector"].copy_(g)
+                    state["inner"].copy_((g * g / m).sum())
+            before[:] = [parameter.detach().clone().requires_grad_() for parameter in parameters]
+            strategy.generator_step(fake)
+
+        return step
+
+    return make
+
+
+def looking_ahead(config: Config, steps: int) -> Make:
+    return lookahead(recipe(config, steps))
+
+
+def variants() -> dict[str, Variant]:
+    """All of them by name; the first is the default itself."""
+    saturating = Score("minimax", lambda fake: nn.functional.softplus(fake), "-log(1 - D); w = D")
+    root = Score("root", lambda fake: 2 * (fake / 2).clamp(max=10).exp(), "2 exp(l / 2); w = exp(l / 2)")
+    rules = [name for name in BETAS if name != "none"]
+    found = [
+        Variant(DEFAULT, "", {}),
+        Variant("schedule", "fused", {"schedule": "fused"}),
+        *(Variant("rule", f"{name}, cap 0.5", {"rule": name}) for name in rules),
+        Variant("rule", "pr+, cap 0.9", {"rule": "pr+", "beta_max": 0.9}),
+        Variant("rule", "pr+, cap 0.2", {"rule": "pr+", "beta_max": 0.2}),
+        Variant("rule", "hs, cap 0.2", {"rule": "hs", "beta_max": 0.2}),
+        *(Variant("rule", f"constant {beta:g}", make=momentum(beta)) for beta in (0.5, 0.25, -0.1, -0.3)),
+        Variant("rule", "pr+ on a common batch", {"rule": "pr+"}, common_batch),
+        Variant("rule", "hs on a common batch", {"rule": "hs"}, common_batch),
+        Variant("metric", "spectral", {"metric": "spectral"}, rates=(0.003, 0.01, 0.03)),
+        Variant("metric", "identity", {"metric": "identity"}, rates=(0.03, 0.1, 0.3)),
+        *(Variant("beta2", f"{value:g}", {"beta2": value}) for value in (0.9, 0.95, 0.999)),
+        *(Variant("loss", name, {"loss": name}) for name in ("mse", "hinge", "wasserstein", "relativistic")),
+        *(Variant("score", name, {"score": name}) for name in ("logit", "probability")),
+        Variant("score", "minimax", make=scored(saturating)),
+        Variant("score", "exp(l / 2)", make=scored(root)),
+        Variant("penalty", "none", {"r1": 0.0, "r2": 0.0}),
+        Variant("penalty", "R1 alone", {"r2": 0.0}),
+        Variant("penalty", "R2 alone", {"r1": 0.0}),
+        *(Variant("penalty weight", f"{w:g}", {"r1": w, "r2": w}) for w in (0.1, 0.3, 3.0)),
+        *(Variant("penalty interval", f"{n}", {"penalty_interval": n}) for n in (1, 2, 8, 16)),
+        *(Variant("running average", f"{decay:g}", {"ema": decay}) for decay in (0.0, 0.98, 0.99, 0.998)),
+        *(Variant("rates over the run", name, {"lr_schedule": name}) for name in ("linear", "cosine:0.1")),
+        Variant("D's momentum", "0.5", {"beta1": 0.5}),
+        *(Variant("steps of G for one D", f"{n} pullbacks of the same covectors", make=pullbacks(n)) for n in (2, 3)),
+        Variant("slow weights", "lookahead-minmax around it", make=looking_ahead),
+    ]
+    return {f"{one.factor} {one.value}".strip().replace("/", "over"): one for one in found}
+
+
+VARIANTS = variants()
+
+
+@dataclass(frozen=True)
+class Size:
+    """Steps of the runs: first ones and tuning, and those that confirm."""
+
+    steps: int = 2_000
+    confirming: int = 6_000
+    samples: int = 5_000
+    rates: int = 3
+    rounds: int = 15
+
+
+SIZES = {"full": Size(), "smoke": Size(steps=4, confirming=5, samples=100, rates=1, rounds=1)}
+
+
+# ---- runs
+
+
+def ends_with(folder: str, name: str, lr_g: float, seed: int, steps: int, samples: int) -> float | None:
+    """The Frechet distance at the end; None where it diverged."""
+    variant = VARIANTS[name]
+    rates = (lr_g, variant.config.lr_discriminator)
+    curve = learn(STUDY, folder, variant.recipe(steps), rates, seed, [steps], samples, variant.config.ema)["curve"]
+    return curve[0]["frechet"] if curve else None
+
+
+def relative_costs(folder: str, names: Sequence[str], rounds: int) -> dict[str, float]:
+    """CPU seconds of a step against the default's, medians over rounds in which all take turns."""
+    known = yardstick(STUDY, folder)
+    runs = {}
+    for name in names:
+        variant = VARIANTS[name]
+        rates = (variant.rates[0], variant.config.lr_discriminator)
+        runs[name] = new_run(known, variant.recipe(1000), *rates, TUNING_SEED)
+    taken: dict[str, list[float]] = {name: [] for name in runs}
+    for number in range(rounds + 1):
+        for name, run in runs.items():
+            seconds = sum(run.advance() for _ in range(4))
+            if number:
+                taken[name].append(seconds)
+    middle = {name: statistics.median(values) for name, values in taken.items()}
+    return {name: value / middle[DEFAULT] for name, value in middle.items()}
+
+
+def equal_steps(steps: int, cost: float) -> int:
+    """As many steps as take the default's time; the cost is rounded to quarters, so that noise changes nothing."""
+    return max(1, round(steps / max(0.25, round(4 * cost) / 4)))
+
+
+@dataclass(frozen=True)
+class Bench:
+    folder: str
+    cells: Cells
+    seeds: int
+    size: Size
+
+    def ends(self, name: str, rates: Sequence[float], seeds: Sequence[int], steps: int) -> list[float | None]:
+        tasks = {
+            f"{name}/{rate:g}-{steps}-{seed}": (ends_with, self.folder, name, rate, seed, steps, self.size.samples)
+            for rate, seed in product(rates, seeds)
+        }
+        return self.cells.of(tasks)
+
+    def measure(self, name: str, cost: float) -> dict[str, Any]:
+        """The tuning of a variant and its first runs."""
+        rates, steps = VARIANTS[name].rates[: self.size.rates], equal_steps(self.size.steps, cost)
+        tuning = self.ends(name, rates, [TUNING_SEED], steps)
+        rate = min(zip(rates, tuning, strict=True), key=lambda pair: finite(pair[1]))[0]
+        first = self.ends(name, [rate], range(self.seeds), steps)
+        return {
+            "cost": cost,
+            "steps": steps,
+            "tuning": dict(zip(map(str, rates), tuning, strict=True)),
+            "rate": rate,
+            "first": first,
+        }
+
+    def confirm(self, name: str, found: Mapping[str, Any]) -> list[float | None]:
+        """Longer runs on other seeds."""
+        seeds = range(CONFIRMING_SEED, CONFIRMING_SEED + self.seeds)
+        return self.ends(name, [found["rate"]], seeds, equal_steps(self.size.confirming, found["cost"]))
+
+
+def measure(bench: Bench, names: Sequence[str], tell: Callable[[dict[str, Any]], None]) -> None:
+    """Measure the variants, the default first, and `tell` what is known after each."""
+    these = zlib.crc32(f"{names} {bench.size.rounds}".encode())
+    (costs,) = bench.cells.of({f"costs-{these:08x}": (relative_costs, bench.folder, names, bench.size.rounds)})
+    variants: dict[str, Any] = {}
+    report = {"seeds": bench.seeds, "variants": variants}
+    for name in names:
+        variants[name] = bench.measure(name, costs[name])
+        if is_ahead(variants, name, "first"):
+            for one in (DEFAULT, name):
+                variants[one]["confirming"] = bench.confirm(one, variants[one])
+        tell(report)
+
+
+# ---- what the figures say
+
+
+def finite(value: float | None) -> float:
+    return math.inf if value is None else value
+
+
+def advantage(variants: Mapping[str, Any], name: str, stage: str) -> tuple[float, float]:
+    """Mean and standard error of log(rival / default) over paired seeds; infinite where a run diverged."""
+    pairs = zip(variants[name][stage], variants[DEFAULT][stage], strict=True)
+    logs = [math.log(finite(rival) / finite(default)) for rival, default in pairs]
+    if not all(map(math.isfinite, logs)) or len(logs) < 2:
+        return math.inf, math.inf
+    return statistics.mean(logs), statistics.stdev(logs) / len(logs) ** 0.5
+
+
+def is_ahead(variants: Mapping[str, Any], name: str, stage: str) -> bool:
+    mean, error = advantage(variants, name, stage)
+    return name != DEFAULT and mean < -SURE * error and math.isfinite(mean)
+
+
+def winners(variants: Mapping[str, Any]) -> dict[str, str]:
+    """The best rival of each factor that was ahead twice; factors without one keep the default."""
+    found: dict[str, str] = {}
+    for name in variants:
+        if not (is_ahead(variants, name, "first") and is_ahead(variants, name, "confirming")):
+            continue
+        factor = VARIANTS[name].factor
+        best = found.get(factor)
+        if best is None or advantage(variants, name, "confirming") < advantage(variants, best, "confirming"):
+            found[factor] = name
+    return found
+
+
+def changes(variants: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of `Config` that the winners ask to be changed."""
+    return {name: value for winner in winners(variants).values() for name, value in VARIANTS[winner].settings.items()}
+
+
+# ---- the page
+
+
+def page(report: Mapping[str, Any], size: Size) -> str:
+    """ABLATION.md."""
+    variants = report["variants"]
+    missing = [name for name in VARIANTS if name not in variants]
+    base = variants[DEFAULT]
+    rows = []
+    for name, found in variants.items():
+        if name == DEFAULT:
+            continue
+        confirmed = ratio_text(variants, name, "confirming") if "confirming" in found else ""
+        rows.append(
+            [
+                VARIANTS[name].factor,
+                VARIANTS[name].value,
+                f"{found['cost']:.2f}",
+                f"{found['steps']:,}",
+                f"{found['rate']:g}",
+                median_text(found["first"]),
+                ratio_text(variants, name, "first"),
+                confirmed,
+                "**winner**" if name in winners(variants).values() else "",
+            ]
+        )
+    lines = [
+        "# What each piece contributes",
+        "",
+        "```bash",
+        COMMAND,
+        "```",
+        "",
+        "MNIST, the networks and features of [QUALITY.md](QUALITY.md). Each line changes one factor of the defaults of "
+        f"`gac train`. Frechet distance at the end, medians over {report['seeds']} seeds; the default: "
+        f"{median_text(base['first'])} after {base['steps']:,} steps at rate {base['rate']:g} of G. A dearer step "
+        "means fewer steps: the default's time is the measure, with costs rounded to quarters. Ratio: rival over "
+        "default, geometric mean of paired seeds, and in brackets the factor of one standard error; below 1 the rival "
+        f"is better. A rival is ahead if it is better by more than {SURE:g} standard errors; those ahead were run "
+        f"again for {size.confirming:,} steps on other seeds, and only those ahead twice win.",
+        "",
+        "Winners: " + (", ".join(winners(variants).values()) or "none: the defaults stay as they are") + ".",
+        "",
+        *([f"Not measured yet: {', '.join(missing)}.", ""] if missing else []),
+        "![Rivals against the default](plots/ablation.png)",
+        "",
+        *table(
+            ("factor", "rival", "cost of a step", "steps", "rate of G", "Frechet", "ratio", "ratio, longer", ""), rows
+        ),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def median_text(values: Sequence[float | None]) -> str:
+    middle = statistics.median(map(finite, values))
+    failed = sum(value is None for value in values)
+    return (f"{middle:.2f}" if math.isfinite(middle) else "-") + (f" ({failed} diverged)" if failed else "")
+
+
+def ratio_text(variants: Mapping[str, Any], name: str, stage: str) -> str:
+    mean, error = advantage(variants, name, stage)
+    return f"{math.exp(mean):.2f} ({math.exp(error):.2f})" if math.isfinite(mean) else "-"
+
+
+def draw(report: Mapping[str, Any]) -> Figure:
+    """Ratios with twice their standard errors, best at the top."""
+    variants = report["variants"]
+    points = {name: advantage(variants, name, "first") for name in variants if name != DEFAULT}
+    shown = sorted((name for name in points if math.isfinite(points[name][0])), key=lambda name: points[name][0])
+    figure, ((axis,),) = new_figure(1, 1, 8.0, 1.5 + 0.22 * max(10, len(shown)))
+    for place, name in enumerate(shown):
+        mean, error = points[name]
+        low, high = math.exp(mean - SURE * error), math.exp(mean + SURE * error)
+        colour = "C2" if high < 1 else "C3" if low > 1 else "#888888"
+        axis.plot((low, high), (place, place), color=colour)
+        axis.plot(math.exp(mean), place, "o", color=colour, markersize=4)
+    axis.axvline(1.0, color="#444444", linewidth=0.8)
+    axis.set(xscale="log", yticks=range(len(shown)), yticklabels=shown, xlabel="Frechet distance, rival over default")
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.xaxis.set_minor_formatter("{x:g}")
+    axis.tick_params(axis="both", which="both", labelsize=8)
+    axis.invert_yaxis()
+    return figure
+
+
+def main() -> None:
+    parser = new_parser(__doc__, 5, SIZES)
+    parser.add_argument("mnist", metavar="MNIST_FOLDER", help="MNIST in Hub layout")
+    parser.add_argument("--variants", choices=VARIANTS, nargs="+", default=list(VARIANTS), help="these alone")
+    arguments = parser.parse_args()
+    names = list(dict.fromkeys((DEFAULT, *arguments.variants)))
+    size = SIZES[arguments.size]
+
+    def tell(report: dict[str, Any]) -> None:
+        asked = {"winners": winners(report["variants"]), "changes": changes(report["variants"])}
+        whole = {"command": COMMAND, **asked, **report}
+        write_report(arguments.out, "ablation", whole, page(report, size), draw(report))
+
+    with workers(arguments.processes) as pool:
+        cells = Cells(arguments.work / "ablation", pool)
+        measure(Bench(arguments.mnist, cells, arguments.seeds, size), names, tell)
+
+
+if __name__ == "__main__":
+    main()

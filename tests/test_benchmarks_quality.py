@@ -1,0 +1,282 @@
+"""The benchmarks of quality, coverage and ablation: what their figures mean, and that the defaults are what won."""
+
+import inspect
+import json
+import math
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks import ablation, cells, coverage, quality, quality_runs, smoke, worlds
+from benchmarks.peers import METHODS
+from gac_plugin import GAC, ConjugateGradient, GradientPenalty
+from gac_plugin.training import Config
+
+RESULTS = cells.HERE / "results"
+
+
+def results(name):
+    file = RESULTS / f"{name}.json"
+    if not file.exists():
+        pytest.skip(f"{file.name} has not been measured yet")
+    return json.loads(file.read_text())
+
+
+# ---- cells
+
+
+def test_a_cell_is_computed_once(tmp_path, capfd):
+    with ThreadPoolExecutor(1) as pool:
+        tasks = {"a/one": (math.sqrt, 4.0), "a/two": (math.sqrt, 9.0)}
+        assert cells.Cells(tmp_path, pool).of(tasks) == [2.0, 3.0]
+        (tmp_path / "a" / "one.json").write_text("7.0")
+        assert cells.Cells(tmp_path, pool).of(tasks) == [7.0, 3.0]
+    assert capfd.readouterr().out.split() == ["a/one", "a/two"]
+
+
+# ---- quality
+
+
+def curve(*points):
+    return {"curve": [{"step": step, "frechet": frechet, "gradients": 3 * step} for step, frechet in points]}
+
+
+def test_the_step_at_which_a_target_is_reached():
+    run = curve((100, 80.0), (200, 20.0), (300, 30.0))
+    assert quality.reached_at(run, 40.0) == pytest.approx(150)  # half the way from 80 to 20 in logarithms
+    assert quality.reached_at(run, 20.0) == pytest.approx(200)
+    assert quality.reached_at(run, 90.0) == 100
+    assert quality.reached_at(run, 19.0) == math.inf
+    assert quality.reached_at(curve(), 19.0) == math.inf
+
+
+def report(**methods):
+    """Grids and ends of methods by name, all at a pace of 0.5 s."""
+    made = {
+        name: {
+            "steps": 200,
+            "best": (1e-3, 1e-3),
+            "grid": [{"lr_g": 1.0, "lr_d": 1.0, "frechet": frechet} for frechet in grid],
+            "runs": [curve((100, 100.0), (200, end)) for end in ends],
+        }
+        for name, (grid, ends) in methods.items()
+    }
+    return {"methods": made, "pace": dict.fromkeys(methods, 0.5)}
+
+
+def test_target_time_and_robustness_by_hand():
+    found = report(
+        textbook=([10.0, 16.0, None, 40.0], [30.0, 25.0, 50.0]), gac=([9.0, 12.0, 13.0, 14.0], [9.0, 30.0, 10.0])
+    )
+    assert quality.target_of(found) == 30.0
+    steps = [100 + 100 * math.log(100 / 30) / math.log(100 / end) for end in (9.0, 30.0, 10.0)]
+    assert quality.seconds_to(found, "gac", 30.0) == pytest.approx([step / 2 for step in steps])
+    assert quality.seconds_to(found, "textbook", 30.0)[2] == math.inf
+    assert quality.share_near(found, "gac") == 0.75  # 9, 12 and 13 are within 13.5
+    assert quality.share_near(found, "textbook") == 0.25
+    assert quality.grid_ends(found["methods"]["textbook"]) == [10.0, 16.0, 40.0, math.inf]
+    assert quality.gradients_per_step(found["methods"]["gac"]) == 3.0
+
+
+def test_a_run_that_ended_early_has_failed():
+    method = {"steps": 200, "runs": [curve((100, 5.0)), curve()]}
+    assert quality.finals(method) == [math.inf, math.inf]
+
+
+GRADIENTS = {
+    "textbook": 3,  # real, generated, and the generated ones of G's step
+    "gac": 3 + 2 / 4,  # R1 and R2 in every fourth step
+    "recipe": 3 + 2 / 4,
+    "r3gan": 3 + 2,
+    "fused": 2 + 2 / 4,
+    "extragradient": 6,
+    "lookahead": 3,
+}
+
+
+@pytest.mark.parametrize("name", GRADIENTS)
+def test_gradients_of_the_discriminator_are_counted(name):
+    run = quality_runs.new_run(quality_runs.yardstick("mnist", "digits"), METHODS[name].make, 1e-3, 1e-3, 0)
+    for _ in range(8):
+        run.advance()
+    assert run.gradients == 8 * GRADIENTS[name]
+
+
+def test_learning_is_the_same_for_the_same_seed_and_tells_where_it_diverged():
+    known = ("mnist", "digits", METHODS["gac"].make)
+    first, again, other = (quality_runs.learn(*known, (1e-3, 1e-3), seed, [3, 6], 50) for seed in (0, 0, 1))
+    assert [point["frechet"] for point in first["curve"]] == [point["frechet"] for point in again["curve"]]
+    assert first["curve"][1]["frechet"] != other["curve"][1]["frechet"]
+    assert [point["step"] for point in first["curve"]] == [3, 6]
+    broken = quality_runs.learn("mnist", "digits", METHODS["heavy-ball"].make, (1e30, 1e30), 0, [3, 6], 50)
+    assert broken == {"curve": []}
+
+
+def test_all_methods_see_the_same_batches():
+    known = quality_runs.yardstick("mnist", "digits")
+    one, two = quality_runs.batches(known, 4), quality_runs.batches(known, 4)
+    torch.rand(1)
+    assert torch.equal(next(one), next(two))
+    assert torch.equal(next(one), next(two))
+
+
+# ---- coverage
+
+
+def test_modes_and_their_shares_by_hand():
+    world = worlds.ring(Path(), "")
+    right, left = world.centres[0], world.centres[4]
+    samples = torch.stack([right, right + torch.tensor([0.0, 0.029]), left, left + torch.tensor([0.031, 0.0])])
+    figures = coverage.judge(world, samples)
+    assert figures["modes"] == 2
+    assert figures["good"] == 0.75
+    assert figures["kl"] == pytest.approx(2 / 3 * math.log(8 * 2 / 3) + 1 / 3 * math.log(8 / 3))
+    assert coverage.judge(world, samples + 100) == {"modes": 0, "good": 0.0}
+
+
+@pytest.mark.parametrize(("world", "modes", "deviation"), [(worlds.ring, 8, 0.01), (worlds.grid, 25, 0.05)])
+def test_mixtures_are_what_was_published(world, modes, deviation):
+    mixture = world(Path(), "")
+    samples = mixture.draw(20_000, torch.Generator().manual_seed(0))
+    nearest = torch.cdist(samples, mixture.centres).argmin(1)
+    assert nearest.unique().numel() == modes
+    apart = samples - mixture.centres[nearest]
+    assert apart.std().item() == pytest.approx(deviation, rel=0.02)
+    figures = coverage.judge(mixture, samples)
+    assert figures["good"] == pytest.approx(1 - math.exp(-4.5), abs=0.003)  # of a plane normal within 3 deviations
+    assert figures["kl"] < 0.003
+    reach = mixture.centres.abs().max().item()
+    assert reach == pytest.approx(1.0 if modes == 8 else 4.0)
+
+
+def test_stacked_digits_are_read_colour_by_colour():
+    digits = torch.arange(10, dtype=torch.uint8).reshape(10, 1, 1).expand(10, 4, 4)
+
+    class Reader(nn.Module):
+        def forward(self, x):
+            return -((x.mean(dim=(1, 2, 3)) + 1) * 127.5 - torch.arange(10.0)[:, None]).T.abs()
+
+    world = worlds.Stacked(digits, Reader())
+    samples = torch.tensor([[3, 1, 4], [0, 0, 7]])[:, :, None, None].expand(2, 3, 4, 4) / 127.5 - 1
+    assert world.mode_of(samples).tolist() == [314, 7]
+    drawn = world.draw(3000, torch.Generator().manual_seed(0))
+    assert drawn.shape == (3000, 3, 4, 4)
+    assert coverage.judge(world, drawn)["modes"] > 900
+
+
+def test_published_sizes_of_networks():
+    generator, discriminator = worlds.StackedGenerator(256, 8, 28), worlds.stacked_discriminator(2, 28, True)
+    widths = [layer.out_channels for layer in generator.layers if isinstance(layer, nn.ConvTranspose2d)]
+    assert widths == [32, 16, 8]
+    assert [layer.out_channels for layer in discriminator if isinstance(layer, nn.Conv2d)] == [2, 4, 8]
+    assert generator(torch.zeros(2, 256)).shape == (2, 3, 28, 28)
+    assert discriminator(torch.zeros(2, 3, 28, 28)).shape == (2, 1)
+    planar = worlds.planar_discriminator(False)
+    x = torch.randn(3, 2)
+    pieces = planar[0].linear(x)
+    expected = torch.stack([pieces[:, start : start + 200] for start in range(0, 1000, 200)]).max(dim=0).values
+    torch.testing.assert_close(planar[0](x), expected)
+
+
+def test_the_penalty_falls_with_the_rates(monkeypatch):
+    weights = []
+
+    def recorded(r1, r2):
+        weights.append((r1, r2))
+        return GradientPenalty(r1, r2)
+
+    monkeypatch.setattr(coverage, "GradientPenalty", recorded)
+    generator, discriminator = worlds.planar_generator(), worlds.planar_discriminator(False)
+    step = coverage.our_recipe({"gamma": 0.5}, 5)(generator, discriminator, 1e-3, 1e-3)
+    for _ in range(5):
+        step(coverage.real_batches(worlds.ring(Path(), ""), 4, 0))
+    assert weights == [(w, w) for w in (0.5, 0.375, 0.25, 0.125, 0.0)]
+
+
+def test_methods_have_as_many_cells():
+    for setting in coverage.SETTINGS.values():
+        assert len({len(method.cells) for method in setting.contenders.values()}) == 1
+
+
+# ---- ablation
+
+
+def found(first, confirming=None):
+    return {"first": first, **({} if confirming is None else {"confirming": confirming})}
+
+
+def test_who_wins():
+    variants = {
+        "default": found([10.0, 11.0, 9.0], [5.0, 5.5, 4.5]),
+        "rule fr, cap 0.5": found([8.0, 8.8, 7.3], [4.0, 4.4, 3.7]),  # better twice
+        "rule pr+, cap 0.5": found([7.0, 7.8, 6.3], [3.0, 3.4, 2.6]),  # better twice, and by more
+        "loss mse": found([8.0, 8.8, 7.3], [5.1, 5.4, 4.6]),  # better once
+        "loss hinge": found([2.0, 30.0, 9.0]),  # better in the mean, not surely
+        "beta2 0.9": found([1.0, None, 1.0]),  # diverged
+        "metric spectral": found([20.0, 22.0, 18.0]),
+    }
+    assert ablation.winners(variants) == {"rule": "rule pr+, cap 0.5"}
+    assert ablation.changes(variants) == {"rule": "pr+"}
+    mean, error = ablation.advantage(variants, "metric spectral", "first")
+    assert (mean, error) == pytest.approx((math.log(2), 0.0), abs=1e-12)
+
+
+def test_steps_are_cut_by_what_a_step_costs():
+    assert [ablation.equal_steps(1000, cost) for cost in (1.0, 1.1, 0.9, 2.02, 0.78)] == [1000, 1000, 1000, 500, 1333]
+
+
+def test_the_defaults_are_what_won():
+    told = results("ablation")
+    assert told["winners"] == ablation.winners(told["variants"])
+    config = Config()
+    for name, value in ablation.changes(told["variants"]).items():
+        assert getattr(config, name) == value, f"the ablation asks for {name} = {value!r}"
+
+
+def test_the_library_has_one_set_of_defaults():
+    config = Config()
+    strategy = inspect.signature(GAC).parameters
+    assert [strategy[name].default for name in ("loss", "score", "schedule")] == ["bce", None, "fresh"]
+    assert (config.loss, config.score, config.schedule) == ("bce", None, "fresh")
+    assert (GradientPenalty().r1, GradientPenalty().r2) == (config.r1, config.r2)
+    assert GradientPenalty().interval == config.penalty_interval
+    optimizer = inspect.signature(ConjugateGradient).parameters
+    for name in ("metric", "beta_max", "beta2"):
+        assert optimizer[name].default == getattr(config, name)
+
+
+def test_variants_change_what_they_name():
+    for name, variant in ablation.VARIANTS.items():
+        changed = {key: value for key, value in variant.settings.items() if getattr(Config(), key) != value}
+        assert changed == dict(variant.settings), name
+        assert bool(variant.settings or variant.make) == (name != ablation.DEFAULT)
+
+
+# ---- pages and the smoke run
+
+
+@pytest.mark.parametrize("name", ["quality", "coverage", "ablation"])
+def test_pages_are_what_the_figures_say(name):
+    told = results(name)
+    page = {
+        "quality": lambda: quality.page(told["studies"]),
+        "coverage": lambda: coverage.page(told["settings"]),
+        "ablation": lambda: ablation.page(told, ablation.SIZES["full"]),
+    }[name]()
+    assert (cells.HERE / f"{name.upper()}.md").read_text() == page
+
+
+def test_smoke_tells_what_is_wrong_with_a_file(tmp_path):
+    good, bad, empty, page = (tmp_path / name for name in ("a.json", "b.json", "c.json", "d.md"))
+    good.write_text('{"a": 1}')
+    bad.write_text('{"a": NaN}')
+    empty.write_text("")
+    page.write_text("no title")
+    assert smoke.flaw(good) == ""
+    assert "NaN" in smoke.flaw(bad)
+    assert "missing" in smoke.flaw(empty)
+    assert "missing" in smoke.flaw(tmp_path / "none.json")
+    assert "title" in smoke.flaw(page)
