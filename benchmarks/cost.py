@@ -1,6 +1,6 @@
 """What does a training step cost? GAC against the loops that people use, and against its own arithmetic in a flat loop.
 
-    python -m benchmarks.cost        writes results/cost.json, plots/cost.png and COST.md; about 20 minutes on two cores
+    python -m benchmarks.cost        writes results/cost.json, plots/cost.png and COST.md; about 16 minutes
 
 All contenders of a case (`cost_steps.py`) step the same two networks on the same batches, in turns within each round,
 the order shifted from round to round; a ratio is that of two contenders' times within one round. Learning rate 0, so

@@ -1,6 +1,6 @@
 """How does the cost of a step grow? With the batch, the resolution, the width of the networks, and with processes.
 
-    python -m benchmarks.scale       writes results/scale.json, plots/scale.png and a part of COST.md; about 6 minutes
+    python -m benchmarks.scale       writes results/scale.json, plots/scale.png and a part of COST.md; about 4 minutes
 
 Sweeps: DCGAN's networks, one thread, `fresh` and `fused` against the textbook loop, in turns as in `cost.py`.
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from gac_plugin.calibrate import calibrate
 from gac_plugin.errors import UsageError
@@ -45,12 +46,13 @@ def calibrated(run: Path, generator: nn.Module, discriminator: nn.Module, update
     draw = torch.Generator().manual_seed(config.seed)
 
     def with_latents(batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        progress.update()
         real, labels = batch
         z = torch.randn(len(real), recipe.latent_size, generator=draw)
         return real, z, {"labels": labels} if recipe.classes and labels is not None else {}
 
     stream: Generator[Batch] = Feed(config, data, 0, 1, torch.device("cpu")).batches()
-    with closing(stream):
+    with closing(stream), tqdm(total=updates, desc="calibrating D", unit="update", disable=None) as progress:
         network = calibrate(generator, discriminator, map(with_latents, stream), updates, **refinement)
     save_network(run / CALIBRATED / "discriminator", network, read_recipe(run / "discriminator"))
     return network
