@@ -5,7 +5,7 @@ from gac_plugin.calibrate import calibrate
 from gac_plugin.conjugate import ConjugateGradient
 from gac_plugin.errors import UsageError
 from gac_plugin.losses import LOSSES, SCORES, Loss, Score
-from gac_plugin.metric import METRICS, Diagonal, Identity, Metric, Sharp, Spectral
+from gac_plugin.metric import METRICS, Diagonal, Identity, Metric, Sharp, Spectral, kronecker
 from gac_plugin.penalties import PENALTIES, GradientPenalty
 from gac_plugin.refine import REFINEMENTS, Refined, Refinement, refine
 from gac_plugin.strategy import GAC
@@ -35,5 +35,6 @@ __all__ = [
     "Spectral",
     "UsageError",
     "calibrate",
+    "kronecker",
     "refine",
 ]

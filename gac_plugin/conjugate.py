@@ -152,8 +152,8 @@ class ConjugateGradient(torch.optim.Optimizer):
         rule: a name in `BETAS` or a `BetaRule`.
         metric: a name in `METRICS` or a `Metric`.
         beta_max: bound on |beta|, at least 0; `math.inf` for none.
-        beta2: decay of the `adam` metric's second moment, in [0, 1).
-        eps: added to the `adam` metric's diagonal, at least 0.
+        beta2: decay of the second moments of `adam` and `kronecker`, in [0, 1).
+        eps: added to the diagonal of `adam` and `kronecker`, at least 0.
         maximize: ascend along the gradient instead of descending.
 
     Attributes:
@@ -214,15 +214,15 @@ class ConjugateGradient(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a `state_dict`, exactly, also for parameters of 16 bits.
 
-        `torch.optim.Optimizer` casts what it loads to the parameter's type; <g-, u-> keeps its own.
+        `torch.optim.Optimizer` casts what it loads to the parameter's type; what is kept in a wider one stays so.
         """
         super().load_state_dict(state_dict)
         saved = [index for group in state_dict["param_groups"] for index in group["params"]]
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         for index, parameter in zip(saved, parameters, strict=True):
-            share = state_dict["state"].get(index, {}).get("inner")
-            if share is not None:
-                self.state[parameter]["inner"] = share.to(parameter.device, copy=True)
+            for entry, value in state_dict["state"].get(index, {}).items():
+                if isinstance(value, Tensor) and value.dtype != parameter.dtype:
+                    self.state[parameter][entry] = value.to(parameter.device, copy=True)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from gac_plugin.tensors import on_whole
+from gac_plugin.tensors import on_whole, whole
 
 
 class Sharp(Protocol):
@@ -95,6 +95,56 @@ class Spectral:
         torch._foreach_add_(points, self(covectors), alpha=rate)
 
 
+Bases = tuple[Tensor | None, Tensor | None]
+"""Orthonormal bases L and R of a matrix's two sides, as columns; None for the one it is written in."""
+
+
+class Turned:
+    """M = (L x R) N (L x R)^T: u = L N^-1(L^T g R) R^T, the map N^-1 in other orthonormal bases.
+
+    Args:
+        bases: L and R of each covector, which counts as a matrix (out, rest).
+        inner: N^-1.
+        covectors, turned: covectors whose L^T g R is known already.
+    """
+
+    def __init__(self, bases: list[Bases], inner: Sharp, covectors: list[Tensor], turned: list[Tensor]) -> None:
+        self.bases, self.inner, self.covectors, self.turned = bases, inner, covectors, turned
+
+    def __call__(self, covectors: list[Tensor]) -> list[Tensor]:
+        known = covectors is self.covectors
+        turned = self.turned if known else [_in_bases(g, *pair) for g, pair in zip(covectors, self.bases, strict=True)]
+        return [_from_bases(u, *pair) for u, pair in zip(self.inner(turned), self.bases, strict=True)]
+
+    def ascend_(self, points: list[Tensor], covectors: list[Tensor], rate: float) -> None:
+        torch._foreach_add_(points, self(covectors), alpha=rate)
+
+
+def _in_bases(g: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
+    """L^T g R, of the shape and dtype of g."""
+    return _between(None if left is None else left.mT, g, right)
+
+
+def _from_bases(u: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
+    """L u R^T, of the shape and dtype of u."""
+    return _between(left, u, None if right is None else right.mT)
+
+
+def _between(left: Tensor | None, tensor: Tensor, right: Tensor | None) -> Tensor:
+    if left is None and right is None:
+        return tensor
+
+    def product(matrix: Tensor) -> Tensor:
+        result = as_matrix(matrix)
+        if left is not None:
+            result = left @ result.to(left.dtype)
+        if right is not None:
+            result = result.to(right.dtype) @ right
+        return result.reshape(matrix.shape).to(matrix.dtype)
+
+    return on_whole(product, tensor)
+
+
 # p(s) = a s + b s^3 + c s^5 applied to all singular values at once. The first polynomial (K. Jordan, Muon, 2024) lifts
 # small values fast but leaves them between 0.68 and 1.13; the second has the fixed point 1 and converges cubically.
 _LIFT, _POLISH = (3.4445, -4.7750, 2.0315), (1.875, -1.25, 0.375)
@@ -114,13 +164,18 @@ def orthogonalise(g: Tensor, eps: float = 1e-8) -> Tensor:
     Returns:
         A tensor of the shape and dtype of `g`; zero where `g` is zero, and near zero where its norm is far below `eps`.
     """
-    matrix = g.reshape(g.shape[0] if g.dim() > 0 else 1, -1)
+    matrix = as_matrix(g)
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.mT
     x = wide / (torch.linalg.matrix_norm(wide) + eps)
     for a, b, c in _NEWTON_SCHULZ:
         gram = x @ x.mT
         x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return (x if wide is matrix else x.mT).reshape(g.shape)
+
+
+def as_matrix(g: Tensor) -> Tensor:
+    """g of shape (out, ...) as (out, rest); a vector is one column, a scalar 1 x 1."""
+    return g.reshape(g.shape[0] if g.dim() > 0 else 1, -1)
 
 
 def _adam(covectors: list[Tensor], states: list[State], settings: Mapping[str, Any]) -> Diagonal:
@@ -132,6 +187,61 @@ def _adam(covectors: list[Tensor], states: list[State], settings: Mapping[str, A
     torch._foreach_div_(diagonal, [(1 - beta2 ** state["step"]) ** 0.5 for state in states])
     torch._foreach_add_(diagonal, settings["eps"])
     return Diagonal(diagonal)
+
+
+def kronecker(largest_side: int = 256, interval: int = 10) -> Metric:
+    """Adam's diagonal in a basis that turns with the gradients: Shampoo's eigenbasis (SOAP, Vyas et al. 2024).
+
+        A = E[g g^T]    B = E[g^T g]        L, R: their eigenvectors        (Gupta, Koren & Singer 2018, Shampoo)
+        m = sqrt(E[(L^T g R)^2]) + eps      u = L ((L^T g R) / m) R^T
+
+    for each matrix g of shape (out, rest), as in `Spectral`. One step of orthogonal iteration, L <- QR(A L), at a time
+    follows the eigenvectors: any orthonormal basis makes a metric. Vectors, and matrices with no side that is small
+    enough, have Adam's diagonal.
+
+    Args:
+        largest_side: sides longer than this keep their own basis. A side of length n costs two products with an n x n
+            matrix in every step and memory for two of those.
+        interval: steps between one turn of the bases and the next; the first steps, as many, turn them each time.
+    """
+
+    def init(parameter: Tensor) -> dict[str, Tensor]:
+        sides = dict(zip(("left", "right"), as_matrix(parameter).shape, strict=True)) if parameter.dim() > 1 else {}
+        wide = torch.promote_types(parameter.dtype, torch.float32)
+        state = {"second_moment": torch.zeros_like(parameter)}
+        for side, length in sides.items():
+            if length <= largest_side:
+                basis = torch.eye(length, device=parameter.device, dtype=wide)
+                state |= {side: torch.zeros_like(basis), f"{side}_basis": basis}
+        return state
+
+    def at(covectors: list[Tensor], states: list[State], settings: Mapping[str, Any]) -> Sharp:
+        for covector, state in zip(covectors, states, strict=True):
+            if state["step"] <= interval or state["step"] % interval == 0:
+                since = 1 if state["step"] <= interval else interval
+                _turn(state, covector, 1 - settings["beta2"] ** since)
+        bases = [(state.get("left_basis"), state.get("right_basis")) for state in states]
+        turned = [_in_bases(covector, *pair) for covector, pair in zip(covectors, bases, strict=True)]
+        return Turned(bases, _adam(turned, states, settings), covectors, turned)
+
+    about = "u = L ((L^T g R) / m) R^T: Adam's diagonal in Shampoo's eigenbasis (SOAP, Vyas et al. 2024)"
+    return Metric("kronecker", init, at, about)
+
+
+_STILL = 1e-4
+"""Added to the eigenvalues, as a share of their mean: directions without gradients then keep still."""
+
+
+def _turn(state: State, covector: Tensor, share: float) -> None:
+    """Take g into A = E[g g^T] and B = E[g^T g] with this share, and turn the bases towards their eigenvectors."""
+    for side in ("left", "right"):
+        if side in state:
+            average, basis = state[side], state[f"{side}_basis"]
+            g = as_matrix(whole(covector)).to(average.dtype)
+            matrix = g if side == "left" else g.mT
+            average.lerp_(matrix @ matrix.mT, share)
+            still = _STILL * average.diagonal().mean()
+            basis.copy_(torch.linalg.qr(average @ basis + still * basis).Q)
 
 
 METRICS: dict[str, Metric] = {
@@ -150,5 +260,6 @@ METRICS: dict[str, Metric] = {
             lambda _covectors, _states, settings: Spectral(settings["eps"]),
             "u = U V^T of each matrix g = U S V^T: duality map of the spectral norm (Bernstein & Newhouse 2024)",
         ),
+        kronecker(),
     )
 }

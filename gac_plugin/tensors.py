@@ -43,6 +43,11 @@ def is_sharded(x: Tensor) -> bool:
     return hasattr(x, "full_tensor")
 
 
+def whole(x: Any) -> Tensor:
+    """x itself; of a sharded x all parts, gathered."""
+    return x.full_tensor() if is_sharded(x) else x
+
+
 def on_whole(function: Callable[[Tensor], Tensor], x: Any) -> Tensor:
     """function(x), of the shape of x; a sharded x is gathered for it, and the result sharded as x was."""
     if not is_sharded(x):
@@ -50,7 +55,7 @@ def on_whole(function: Callable[[Tensor], Tensor], x: Any) -> Tensor:
     from torch.distributed.tensor import DTensor, Replicate
 
     everywhere = [Replicate()] * x.device_mesh.ndim
-    result = DTensor.from_local(function(x.full_tensor()), x.device_mesh, everywhere, run_check=False)
+    result = DTensor.from_local(function(whole(x)), x.device_mesh, everywhere, run_check=False)
     return result.redistribute(placements=x.placements)
 
 

@@ -49,7 +49,7 @@ CASES = {
     str(case): case
     for schedule in ("fresh", "fused")
     for case in (
-        *(Case(schedule, rule, metric) for rule, metric in zip(("none", "pr+", "hz"), METRICS, strict=True)),
+        *(Case(schedule, rule, metric) for rule, metric in zip(("none", "pr+", "hz", "fr"), METRICS, strict=True)),
         *(Case(schedule, rule) for rule in ("none", "pr+", "hz")),
         Case(schedule, metric="spectral"),
         *(Case(schedule, layout=layout) for layout in LAYOUTS),

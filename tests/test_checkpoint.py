@@ -243,6 +243,7 @@ OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, 0.01, momentum=0.9),
     "cg adam": lambda p: ConjugateGradient(p, 0.01, rule="pr+", metric="adam"),
     "cg spectral": lambda p: ConjugateGradient(p, 0.01, rule="pr+", metric="spectral"),
+    "cg kronecker": lambda p: ConjugateGradient(p, 0.01, rule="pr+", metric="kronecker"),
     "cg none": lambda p: ConjugateGradient(p, 0.01, rule="none"),
 }
 SCHEDULES = {
@@ -253,7 +254,7 @@ SCHEDULES = {
 }
 CASES = [(optimizer, "multistep", torch.float32) for optimizer in OPTIMIZERS]
 CASES += [("adam", schedule, torch.float32) for schedule in SCHEDULES]
-CASES += [("cg adam", "cosine", torch.bfloat16), ("cg spectral", "cosine", torch.bfloat16)]
+CASES += [(f"cg {metric}", "cosine", torch.bfloat16) for metric in ("adam", "spectral", "kronecker")]
 
 
 @pytest.mark.parametrize(("optimizer", "schedule", "dtype"), CASES)

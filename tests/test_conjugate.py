@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 from gac_plugin import BETAS, METRICS, ConjugateGradient, UsageError
 
 DTYPES = [torch.float32, torch.float64]
-LR = {"identity": 0.02, "adam": 3e-3, "spectral": 0.02}
+LR = {"identity": 0.02, "adam": 3e-3, "spectral": 0.02, "kronecker": 3e-3}
 every_rule = pytest.mark.parametrize("rule", BETAS)
 every_metric = pytest.mark.parametrize("metric", METRICS)
 

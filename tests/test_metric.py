@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from gac_plugin.metric import METRICS, Diagonal, Identity, Spectral, orthogonalise
+from gac_plugin.metric import METRICS, Diagonal, Identity, Spectral, kronecker, orthogonalise
 
 SETTINGS = {"beta2": 0.9, "eps": 1e-3}
 SHAPES = [(3, 5), (4,), (2, 3, 2, 2)]
@@ -34,7 +34,32 @@ def closed_adam(history):
     return history[-1] / (np.sqrt(moment / (1 - decay ** len(history))) + SETTINGS["eps"])
 
 
-CLOSED = {"identity": lambda history: history[-1], "adam": closed_adam, "spectral": lambda history: polar(history[-1])}
+def closed_kronecker(history, interval=10, sides=(True, True)):
+    """The bases turn at each of the first `interval` steps and then after as many; `sides` says which of them do."""
+    if history[0].ndim == 1:
+        return closed_adam(history)
+    decay, moment = SETTINGS["beta2"], 0.0
+    matrices = [g.reshape(len(g), -1) for g in history]
+    averages, (left, right) = [0.0, 0.0], map(np.eye, matrices[0].shape)
+    for step, g in enumerate(matrices, start=1):
+        if step <= interval or step % interval == 0:
+            kept = decay if step <= interval else decay**interval
+            averages = [kept * a + (1 - kept) * gram for a, gram in zip(averages, (g @ g.T, g.T @ g), strict=True)]
+            shifted = [a + 1e-4 * np.trace(a) / len(a) * np.eye(len(a)) for a in averages]
+            left = np.linalg.qr(shifted[0] @ left)[0] if sides[0] else left
+            right = np.linalg.qr(shifted[1] @ right)[0] if sides[1] else right
+        turned = left.T @ g @ right
+        moment = decay * moment + (1 - decay) * turned**2
+    direction = turned / (np.sqrt(moment / (1 - decay ** len(history))) + SETTINGS["eps"])
+    return (left @ direction @ right.T).reshape(history[0].shape)
+
+
+CLOSED = {
+    "identity": lambda history: history[-1],
+    "adam": closed_adam,
+    "spectral": lambda history: polar(history[-1]),
+    "kronecker": closed_kronecker,
+}
 
 
 def test_every_metric_has_a_closed_form_here_and_stands_under_its_name():
@@ -138,3 +163,57 @@ def test_a_gradient_far_below_eps_is_not_blown_up_to_full_length():
     g = matrix(4, 6, np.array([1.0, 0.7, 0.2, 0.05]))
     faint = orthogonalise(torch.from_numpy(1e-19 * g), eps=1e-8)
     assert 0 < faint.abs().max() < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("largest_side", "sides"),
+    [(5, (True, True)), (4, (True, False)), (3, (True, False)), (2, (False, False))],
+)
+def test_kronecker_turns_at_intervals_and_only_sides_that_are_small_enough(largest_side, sides):
+    batches = [draw([(3, 5)]) for _ in range(9)]
+    for step, sharp in enumerate(run(kronecker(largest_side, interval=3), batches), start=1):
+        expected = closed_kronecker([batch[0].numpy() for batch in batches[:step]], 3, sides)
+        np.testing.assert_allclose(sharp(batches[step - 1])[0], expected, rtol=1e-9, atol=1e-12)
+
+
+def test_kronecker_without_a_side_that_is_small_enough_is_adam_bit_for_bit():
+    batches = [draw() for _ in range(5)]
+    both = zip(run(kronecker(largest_side=1), batches), run(METRICS["adam"], batches), batches, strict=True)
+    assert all(torch.equal(a, b) for ours, theirs, g in both for a, b in zip(ours(g), theirs(g), strict=True))
+
+
+def test_kronecker_bases_become_eigenvectors_of_the_mean_products():
+    draws = np.random.default_rng(0)
+    (left, right), spread = (np.linalg.qr(draws.normal(size=(n, n)))[0] for n in (4, 6)), np.geomspace(1, 30, 4)
+    noise = draws.normal(size=(600, 4, 6)) * spread[:, None] * np.geomspace(20, 1, 6)
+    batches = [[torch.from_numpy(left @ g @ right.T)] for g in noise]
+    metric, state = kronecker(interval=1), {"step": 0, **kronecker().init(batches[0][0])}
+    for covectors in batches:
+        state["step"] += 1
+        metric.at(covectors, [state], {"beta2": 0.99, "eps": 1e-8})
+    for basis, true, order in ((state["left_basis"], left, [3, 2, 1, 0]), (state["right_basis"], right, range(6))):
+        alignment = np.abs(basis.numpy().T @ true[:, list(order)])
+        np.testing.assert_allclose(alignment, np.eye(len(true)), atol=0.2)
+        np.testing.assert_allclose(basis.T @ basis, np.eye(len(true)), atol=1e-12)
+
+
+def test_kronecker_is_a_metric_for_any_vectors():
+    batches = [draw() for _ in range(3)]
+    sharp = list(run(METRICS["kronecker"], batches))[-1]
+    a, b = draw(), draw()
+    for x, y, up_x, up_y in zip(a, b, sharp(a), sharp(b), strict=True):
+        assert float((x * up_y).sum()) == pytest.approx(float((up_x * y).sum()), rel=1e-12)
+        assert float((x * up_x).sum()) > 0
+
+
+def test_kronecker_turns_parameters_of_16_bits_in_32():
+    half = [torch.randn(3, 5).bfloat16()]
+    exact = [half[0].float()]
+    state = METRICS["kronecker"].init(half[0])
+    assert {name: value.dtype for name, value in state.items()} == {
+        "second_moment": torch.bfloat16,
+        **dict.fromkeys(("left", "left_basis", "right", "right_basis"), torch.float32),
+    }
+    (ours,), (theirs,) = (next(run(METRICS["kronecker"], [g]))(g) for g in (half, exact))
+    assert ours.dtype == torch.bfloat16
+    torch.testing.assert_close(ours.float(), theirs, rtol=0.05, atol=0.05)
