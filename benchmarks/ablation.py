@@ -29,6 +29,7 @@ from benchmarks.peers import Batches, Make, Step, adam, conjugate, constant, fal
 from benchmarks.quality_runs import TUNING_SEED, learn, new_run, yardstick
 from gac_plugin import BETAS, GAC, ConjugateGradient, GradientPenalty, Score
 from gac_plugin.cotangent import pullback
+from gac_plugin.metric import as_matrix
 from gac_plugin.training import Config
 from gac_plugin.training.schedules import Schedule
 
@@ -36,7 +37,7 @@ COMMAND = "python -m benchmarks.ablation MNIST_FOLDER --work FOLDER"
 STUDY, CONFIRMING_SEED = "mnist", 10
 SURE = 2.0
 """Standard errors by which a rival has to be better."""
-RATES = (1e-3, 2e-3, 4e-3)
+RATES = (2e-3, 4e-3, 8e-3)
 DEFAULT = "default"
 
 
@@ -153,15 +154,25 @@ def common_batch(config: Config, _: int) -> Make:
                 covector = strategy.cotangent(fake_before) / len(real)
                 for parameter, g in zip(parameters, torch.autograd.grad(fake_before, before, -covector), strict=True):
                     state = optimizer.state[parameter]
-                    m = (state["second_moment"] / (1 - config.beta2 ** state["step"])).sqrt() + 1e-8
                     state["covector"].copy_(g)
-                    state["inner"].copy_((g * g / m).sum())
+                    state["inner"].copy_(length_squared(g, state, config.beta2))
             before[:] = [parameter.detach().clone().requires_grad_() for parameter in parameters]
             strategy.generator_step(fake)
 
         return step
 
     return make
+
+
+def length_squared(g: Tensor, state: Mapping[str, Any], beta2: float) -> Tensor:
+    """<g, M^-1 g> under the metric `kronecker` as it stands."""
+    turned = as_matrix(g)
+    if "left_basis" in state:
+        turned = state["left_basis"].mT @ turned
+    if "right_basis" in state:
+        turned = turned @ state["right_basis"]
+    m = (as_matrix(state["second_moment"]) / (1 - beta2 ** state["step"])).sqrt() + 1e-8
+    return (turned**2 / m).sum()
 
 
 def looking_ahead(config: Config, steps: int) -> Make:
@@ -183,6 +194,7 @@ def variants() -> dict[str, Variant]:
         *(Variant("rule", f"constant {beta:g}", make=momentum(beta)) for beta in (0.5, 0.25, -0.1, -0.3)),
         Variant("rule", "pr+ on a common batch", {"rule": "pr+"}, common_batch),
         Variant("rule", "hs on a common batch", {"rule": "hs"}, common_batch),
+        Variant("metric", "adam", {"metric": "adam"}, rates=(1e-3, 2e-3, 4e-3)),
         Variant("metric", "spectral", {"metric": "spectral"}, rates=(0.003, 0.01, 0.03)),
         Variant("metric", "identity", {"metric": "identity"}, rates=(0.03, 0.1, 0.3)),
         *(Variant("beta2", f"{value:g}", {"beta2": value}) for value in (0.9, 0.95, 0.999)),
@@ -211,8 +223,8 @@ VARIANTS = variants()
 class Size:
     """Steps of the runs: first ones and tuning, and those that confirm."""
 
-    steps: int = 2_000
-    confirming: int = 6_000
+    steps: int = 1_000
+    confirming: int = 3_000
     samples: int = 5_000
     rates: int = 3
     rounds: int = 15

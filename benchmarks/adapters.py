@@ -129,7 +129,7 @@ def _trainer_step(package: Any, family: str, n_dis: int, with_gac: bool) -> Step
     optimizer_d = torch.optim.Adam(discriminator.parameters(), 2e-4, betas=(0.0, 0.9))
     optimizer_g: torch.optim.Optimizer = torch.optim.Adam(generator.parameters(), 2e-4, betas=(0.0, 0.9))
     if with_gac:
-        optimizer_g = ConjugateGradient(generator.parameters(), 2e-4, rule="none", beta2=0.9)
+        optimizer_g = ConjugateGradient(generator.parameters(), 2e-4, "none", "adam", beta2=0.9)
     batch = real_batch(BATCH)
 
     def step() -> None:

@@ -99,7 +99,7 @@ def lightweight_gan_optimizer(steps: int) -> Losses:
 
     losses = []
     with lightweight_trainer() as trainer:
-        trainer.GAN.G_opt = ConjugateGradient(trainer.GAN.G.parameters(), lr=2e-4, beta2=0.9)
+        trainer.GAN.G_opt = ConjugateGradient(trainer.GAN.G.parameters(), 2e-4, "pr+", "adam", beta2=0.9)
         for _ in range(steps):
             trainer.train()
             losses.append((trainer.d_loss, trainer.g_loss))
@@ -209,7 +209,7 @@ def monai_optimizer(steps: int) -> Losses:
 
     generator, discriminator = monai_networks()
     loss_g, loss_d = monai_losses(discriminator)
-    optimizer_g = ConjugateGradient(generator.parameters(), RATE)
+    optimizer_g = ConjugateGradient(generator.parameters(), RATE, "pr+", "adam")
     optimizer_d = Adam(discriminator.parameters(), RATE, BETAS)
     trainer = GanTrainer(
         g_network=generator,
@@ -299,7 +299,7 @@ def torchgan_optimizer(steps: int) -> Losses:
 
     from gac_plugin import ConjugateGradient
 
-    networks = torchgan_networks(ConjugateGradient)
+    networks = torchgan_networks(ConjugateGradient, rule="pr+", metric="adam")
     losses = [MinimaxGeneratorLoss(), MinimaxDiscriminatorLoss()]
     trainer = Trainer(networks, losses, device=torch.device("cpu"), epochs=1)
     trainer.logger.logger_end_epoch.clear()  # its pictures use an argument that torchvision has removed since

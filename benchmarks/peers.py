@@ -268,7 +268,14 @@ METHODS: dict[str, Method] = {
         alternating(PLAIN_GAME, adam(0.5, 0.999), adam(0.5, 0.999)),
         about="BCE, log D, no penalty, Adam (0.5, 0.999), two draws (Radford et al. 2016)",
     ),
-    OURS: Method("GAC", gac(), about="the defaults: BCE, log D, R1 + R2 every 4th step, `fresh`, rule `none`"),
+    OURS: Method(
+        "GAC",
+        gac(),
+        about="the defaults: BCE, log D, R1 + R2 every 4th step, `fresh`, rule `none`, metric `kronecker` for G",
+    ),
+    "adam-metric": Method(
+        "GAC, Adam's metric", gac(conjugate(metric="adam")), about="as GAC, metric `adam`: what the metric is worth"
+    ),
     "recipe": Method(
         "our recipe, plain Adam",
         alternating(OUR_GAME, adam(0.0, 0.99), adam(0.0, 0.99)),

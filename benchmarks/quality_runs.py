@@ -61,7 +61,7 @@ class Size:
 
 
 SIZES = {
-    "full": Size({"mnist": 1_700, "cifar": 800}, {"mnist": 6_800, "cifar": 4_080}),
+    "full": Size({"mnist": 1_700, "cifar": 500}, {"mnist": 6_800, "cifar": 2_720}),
     "smoke": Size({"mnist": 6, "cifar": 2}, {"mnist": 8, "cifar": 4}, evaluations=2, samples=100, rates=1, rounds=2),
 }
 

@@ -148,7 +148,8 @@ CONTENDERS = {
 
 
 def config(study: str, folder: str, seed: int = 0) -> Config:
-    return Config(dataset=folder, seed=seed, cpu=True, evaluation_samples=0, memory=0.0, **STUDIES[study].settings)
+    trained = {"metric": "adam", "lr_generator": 2e-3, **STUDIES[study].settings}
+    return Config(dataset=folder, seed=seed, cpu=True, evaluation_samples=0, memory=0.0, **trained)
 
 
 def trained(study: str, folder: str, run: Path, seed: int) -> Figures:

@@ -171,8 +171,8 @@ class ConjugateGradient(torch.optim.Optimizer):
         self,
         params: Iterable[Tensor] | Iterable[dict[str, Any]],
         lr: float,
-        rule: str | BetaRule = "pr+",
-        metric: str | Metric = "adam",
+        rule: str | BetaRule = "none",
+        metric: str | Metric = "kronecker",
         beta_max: float = 0.5,
         beta2: float = 0.99,
         eps: float = 1e-8,
@@ -214,15 +214,19 @@ class ConjugateGradient(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a `state_dict`, exactly, also for parameters of 16 bits.
 
-        `torch.optim.Optimizer` casts what it loads to the parameter's type; what is kept in a wider one stays so.
+        `torch.optim.Optimizer` casts what it loads to the parameter's type, and what has that type already stays in the
+        memory that it was read into, where products of matrices may round in another way. Here each tensor is copied,
+        in the type that a new state has.
         """
         super().load_state_dict(state_dict)
         saved = [index for group in state_dict["param_groups"] for index in group["params"]]
-        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
-        for index, parameter in zip(saved, parameters, strict=True):
-            for entry, value in state_dict["state"].get(index, {}).items():
-                if isinstance(value, Tensor) and value.dtype != parameter.dtype:
-                    self.state[parameter][entry] = value.to(parameter.device, copy=True)
+        parameters = [(parameter, group) for group in self.param_groups for parameter in group["params"]]
+        for index, (parameter, group) in zip(saved, parameters, strict=True):
+            kept = state_dict["state"].get(index)
+            if kept:
+                new = new_state(parameter, resolve(group["rule"], BETAS, "rule"), _metric_of(group))
+                for entry in kept.keys() & new.keys() - {"step"}:
+                    self.state[parameter][entry] = new[entry].copy_(kept[entry])
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -249,7 +253,7 @@ class ConjugateGradient(torch.optim.Optimizer):
         return loss
 
     def _block(self, group: dict[str, Any], rule: BetaRule) -> Block:
-        metric = resolve(group["metric"], METRICS, "metric")
+        metric = _metric_of(group)
         points = [parameter for parameter in group["params"] if parameter.grad is not None]
         covectors = [parameter.grad for parameter in points]
         for parameter, covector in zip(points, covectors, strict=True):
@@ -261,6 +265,10 @@ class ConjugateGradient(torch.optim.Optimizer):
             if not self.state[parameter]:
                 self.state[parameter] = new_state(parameter, rule, metric)
         return Block(points, covectors, [self.state[parameter] for parameter in points], metric, group)
+
+
+def _metric_of(group: dict[str, Any]) -> Metric:
+    return resolve(group["metric"], METRICS, "metric")
 
 
 def _check_settings(group: dict[str, Any]) -> None:

@@ -134,7 +134,7 @@ def test_a_run_is_gone_on_with_under_its_own_settings():
     begun = Config(lr_generator=1e-3, steps=10).to_json()
     assert make_config({"steps": 20}, earlier=begun) == Config(lr_generator=1e-3, steps=20)
     Config(lr_generator=1e-3, steps=99, workers=2, until=None).require_same_run(begun)
-    with pytest.raises(UsageError, match=r"the run to resume has --lr-generator 0\.001 and not 0\.002; pass the same"):
+    with pytest.raises(UsageError, match=r"the run to resume has --lr-generator 0\.001 and not 0\.004; pass the same"):
         Config().require_same_run(begun)
 
 

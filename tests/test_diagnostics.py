@@ -105,7 +105,9 @@ def test_looking_changes_nothing(schedule, networks, batches):
 
 @both_schedules
 def test_looking_never_waits_for_the_device(schedule, networks, batches, host_reads):
-    gac = gac_of(networks, lambda p: ConjugateGradient(p, 0.05), schedule=schedule, penalty="r1", diagnose_every=2)
+    gac = gac_of(
+        networks, lambda p: ConjugateGradient(p, 0.05, "pr+"), schedule=schedule, penalty="r1", diagnose_every=2
+    )
     gac.step(*batches[0])
     for batch in batches[1:]:
         with host_reads() as reads:

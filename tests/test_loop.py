@@ -129,7 +129,7 @@ def test_whole_numbers_from_python_do_for_fractions(tmp_path):
 
 
 def test_without_an_average_the_generator_itself_is_kept(tmp_path):
-    values = {**SMALL, "steps": 3, "evaluation_samples": 0, "cpu": True}
+    values = {**SMALL, "steps": 3, "evaluation_samples": 0, "metric": "adam", "lr_generator": 2e-3, "cpu": True}
     plain = train(make_config({**values, "ema": 0.0, "output_dir": str(tmp_path / "a")})).generator
     averaged = train(make_config({**values, "ema": 0.9, "output_dir": str(tmp_path / "b")})).generator
     # the average after steps 1, 2, 3 is 0.81 theta_1 + 0.09 theta_2 + 0.1 theta_3: close to theta_3 but not it

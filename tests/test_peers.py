@@ -284,7 +284,12 @@ def test_constant_beta_under_the_identity_is_the_heavy_ball():
 def test_gac_is_trained_here_as_gac_train_does():
     config = Config()
     assert PENALTIES["r1+r2"] == GradientPenalty(config.r1, config.r2, config.penalty_interval) == OUR_GAME.penalty
-    assert (config.optimizer, config.rule, config.metric, config.schedule) == ("conjugate", "none", "adam", "fresh")
+    assert (config.optimizer, config.rule, config.metric, config.schedule) == (
+        "conjugate",
+        "none",
+        "kronecker",
+        "fresh",
+    )
     assert (config.loss, config.score, config.beta1, config.beta2) == ("bce", None, 0.0, 0.99)
     assert R3_GAME.penalty.interval == 1
 

@@ -184,7 +184,7 @@ def test_another_setting_is_refused_and_nothing_changes(tmp_path):
     run = replace(RUN, steps=5, evaluation_samples=0, output_dir=str(tmp_path / "run"))
     train(run)
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
-    with pytest.raises(UsageError, match=r"the run to resume has --lr-generator 0\.002 and not 0\.1; pass the same"):
+    with pytest.raises(UsageError, match=r"the run to resume has --lr-generator 0\.004 and not 0\.1; pass the same"):
         train(replace(run, lr_generator=0.1, steps=9, resume="auto"))
     with pytest.raises(UsageError, match=r"has --rule none and not pr\+"):
         train(replace(run, rule="pr+", steps=9, resume="auto"))

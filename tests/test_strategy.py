@@ -348,8 +348,8 @@ def test_a_step_is_the_hand_written_loop_with_adam_bit_for_bit(loss, size, netwo
             assert all(map(torch.equal, one.parameters(), other.parameters()))
 
 
-def conjugate(networks):
-    return [ConjugateGradient(network.parameters(), 0.01) for network in networks]
+def conjugate(networks, rule="pr+"):
+    return [ConjugateGradient(network.parameters(), 0.01, rule) for network in networks]
 
 
 @both_schedules

@@ -30,7 +30,7 @@ def make(pair, accelerator=None, **settings) -> GAC:
     """GAC on copies of the networks."""
     generator, discriminator = copy.deepcopy(pair)
     optimizers = (
-        ConjugateGradient(generator.parameters(), 0.05, rule="pr+"),
+        ConjugateGradient(generator.parameters(), 0.05, rule="pr+", metric="adam"),
         torch.optim.Adam(discriminator.parameters(), 0.01, betas=(0.0, 0.99)),
     )
     prepared = (generator, discriminator, *optimizers)

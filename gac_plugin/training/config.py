@@ -94,9 +94,9 @@ class Config:
 
     optimizer: str = setting("conjugate", "the generator's optimizer: conjugate, or torch's adam")
     rule: str = setting("none", "conjugacy rule of the conjugate optimizer")
-    metric: str = setting("adam", "metric of the conjugate optimizer")
+    metric: str = setting("kronecker", "metric of the conjugate optimizer")
     beta_max: float = setting(0.5, "bound on the conjugacy rule's |beta|")
-    lr_generator: float = setting(2e-3, "the generator's learning rate")
+    lr_generator: float = setting(4e-3, "the generator's learning rate")
     lr_discriminator: float = setting(1e-3, "the discriminator's learning rate (torch's adam)")
     beta1: float = setting(0.0, "first-moment decay of torch's adam")
     beta2: float = setting(0.99, "second-moment decay of both optimizers")
@@ -253,13 +253,14 @@ PRESETS: dict[str, dict[str, Any]] = {
     "speech": {
         "conditional": True,
         "batch_size": 16,
+        "metric": "adam",
         "lr_generator": 1e-3,
         "lr_schedule": "linear",
         "r1": 0.1,
         "r2": 0.1,
         "steps": 8_000,
     },
-    "text": {"lr_schedule": "linear", "steps": 3_000},
+    "text": {"metric": "adam", "lr_generator": 2e-3, "lr_schedule": "linear", "steps": 3_000},
 }
 
 
