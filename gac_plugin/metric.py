@@ -196,12 +196,12 @@ def kronecker(largest_side: int = 256, interval: int = 10) -> Metric:
         m = sqrt(E[(L^T g R)^2]) + eps      u = L ((L^T g R) / m) R^T
 
     for each matrix g of shape (out, rest), as in `Spectral`. One step of orthogonal iteration, L <- QR(A L), at a time
-    follows the eigenvectors: any orthonormal basis makes a metric. Vectors, and matrices with no side that is small
-    enough, have Adam's diagonal.
+    follows the eigenvectors: any orthonormal basis makes a metric. The side n of a matrix of shape (m, n) costs two
+    products of m n^2 multiplications in each step, and memory for two n x n matrices. Sides that are too dear keep the
+    basis they are written in; vectors, and matrices of such sides alone, have Adam's diagonal.
 
     Args:
-        largest_side: sides longer than this keep their own basis. A side of length n costs two products with an n x n
-            matrix in every step and memory for two of those.
+        largest_side: sides turn that are no longer than this and cost no more than those of a square of this side.
         interval: steps between one turn of the bases and the next; the first steps, as many, turn them each time.
     """
 
@@ -210,7 +210,7 @@ def kronecker(largest_side: int = 256, interval: int = 10) -> Metric:
         wide = torch.promote_types(parameter.dtype, torch.float32)
         state = {"second_moment": torch.zeros_like(parameter)}
         for side, length in sides.items():
-            if length <= largest_side:
+            if length <= largest_side and length * parameter.numel() <= largest_side**3:
                 basis = torch.eye(length, device=parameter.device, dtype=wide)
                 state |= {side: torch.zeros_like(basis), f"{side}_basis": basis}
         return state
