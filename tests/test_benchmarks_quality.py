@@ -244,8 +244,19 @@ def test_the_library_has_one_set_of_defaults():
     assert (GradientPenalty().r1, GradientPenalty().r2) == (config.r1, config.r2)
     assert GradientPenalty().interval == config.penalty_interval
     optimizer = inspect.signature(ConjugateGradient).parameters
-    for name in ("metric", "beta_max", "beta2"):
+    for name in ("rule", "metric", "beta_max", "beta2"):
         assert optimizer[name].default == getattr(config, name)
+
+
+def test_the_length_of_a_gradient_is_the_optimizer_s_own():
+    generator = worlds.StackedGenerator(4, 2, 8)
+    optimizer = ConjugateGradient(generator.parameters(), 0.01, "pr+", beta2=0.9)
+    for _ in range(3):
+        generator.zero_grad()
+        generator(torch.randn(5, 4)).square().sum().backward()
+        optimizer.step()
+    for parameter, state in optimizer.state.items():
+        torch.testing.assert_close(ablation.length_squared(parameter.grad, state, 0.9), state["inner"])
 
 
 def test_variants_change_what_they_name():
