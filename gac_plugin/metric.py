@@ -234,11 +234,14 @@ _STILL = 1e-4
 
 def _turn(state: State, covector: Tensor, share: float) -> None:
     """Take g into A = E[g g^T] and B = E[g^T g] with this share, and turn the bases towards their eigenvectors."""
-    for side in ("left", "right"):
-        if side in state:
+    sides = state.keys() & {"left", "right"}
+    if not sides:
+        return
+    g = as_matrix(whole(covector))
+    for side, matrix in (("left", g), ("right", g.mT)):
+        if side in sides:
             average, basis = state[side], state[f"{side}_basis"]
-            g = as_matrix(whole(covector)).to(average.dtype)
-            matrix = g if side == "left" else g.mT
+            matrix = matrix.to(average.dtype)
             average.lerp_(matrix @ matrix.mT, share)
             still = _STILL * average.diagonal().mean()
             basis.copy_(torch.linalg.qr(average @ basis + still * basis).Q)
