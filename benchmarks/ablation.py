@@ -25,7 +25,19 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from benchmarks.cells import Cells, new_figure, new_parser, table, workers, write_report
-from benchmarks.peers import Batches, Make, Step, adam, conjugate, constant, falling, gac, latents, lookahead
+from benchmarks.peers import (
+    Batches,
+    Make,
+    MakeOptimizer,
+    Step,
+    adam,
+    conjugate,
+    constant,
+    falling,
+    gac,
+    latents,
+    lookahead,
+)
 from benchmarks.quality_runs import TUNING_SEED, learn, new_run, yardstick
 from gac_plugin import BETAS, GAC, ConjugateGradient, GradientPenalty, Score
 from gac_plugin.cotangent import pullback
@@ -69,13 +81,15 @@ class Variant:
         return (self.make or recipe)(self.config, steps)
 
 
-def recipe(config: Config, steps: int, rule: Any = None, score: Any = None) -> Make:
+def recipe(
+    config: Config, steps: int, rule: Any = None, score: Any = None, optimizer_d: MakeOptimizer | None = None
+) -> Make:
     """What `gac train` does under a configuration."""
     schedule = Schedule.parse(config.lr_schedule, "--lr-schedule")
     options = {"metric": config.metric, "beta_max": config.beta_max, "beta2": config.beta2}
     return gac(
         falling(conjugate(rule or config.rule, **options), schedule, steps),
-        falling(adam(float(config.beta1), config.beta2), schedule, steps),
+        falling(optimizer_d or adam(float(config.beta1), config.beta2), schedule, steps),
         loss=config.loss,
         score=score or config.score,
         penalty=penalty_of(config),
@@ -175,6 +189,11 @@ def length_squared(g: Tensor, state: Mapping[str, Any], beta2: float) -> Tensor:
     return (turned**2 / m).sum()
 
 
+def turned_for_both(config: Config, steps: int) -> Make:
+    """D moves under the metric of G."""
+    return recipe(config, steps, optimizer_d=conjugate(metric=config.metric, beta2=config.beta2))
+
+
 def looking_ahead(config: Config, steps: int) -> Make:
     return lookahead(recipe(config, steps))
 
@@ -210,6 +229,7 @@ def variants() -> dict[str, Variant]:
         *(Variant("running average", f"{decay:g}", {"ema": decay}) for decay in (0.0, 0.98, 0.99, 0.998)),
         *(Variant("rates over the run", name, {"lr_schedule": name}) for name in ("linear", "cosine:0.1")),
         Variant("D's momentum", "0.5", {"beta1": 0.5}),
+        Variant("D's metric", "kronecker", make=turned_for_both),
         *(Variant("steps of G for one D", f"{n} pullbacks of the same covectors", make=pullbacks(n)) for n in (2, 3)),
         Variant("slow weights", "lookahead-minmax around it", make=looking_ahead),
     ]

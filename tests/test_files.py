@@ -121,11 +121,13 @@ def test_a_line_that_cannot_be_written_is_told(tmp_path):
 
 def test_what_a_killed_process_left_half_written_is_swept_and_nothing_else(tmp_path):
     program = (
-        "import os, sys; from pathlib import Path; from gac_plugin.training.files import write_whole;"
-        "write_whole(Path(sys.argv[1]), lambda temporary: os.kill(os.getpid(), 9))"
+        "import os, sys; from pathlib import Path; from gac_plugin.training.files import write_whole\n"
+        "for path in sys.argv[1:]:\n"
+        "    if not os.fork(): write_whole(Path(path), lambda temporary: os.kill(os.getpid(), 9))\n"
+        "    assert os.waitstatus_to_exitcode(os.wait()[1]) == -9"
     )
-    for name in ("samples/step-0000100.png", "maps/step-0000100.png", "generator/model.safetensors", "report.html"):
-        subprocess.run([sys.executable, "-c", program, tmp_path / name], check=False, timeout=60)
+    names = ("samples/step-0000100.png", "maps/step-0000100.png", "generator/model.safetensors", "report.html")
+    subprocess.run([sys.executable, "-c", program, *(tmp_path / name for name in names)], check=True, timeout=60)
     kept = [tmp_path / name for name in ("samples/step-0000050.png", "samples/.notes.txt", ".hidden-notes.md")]
     for path in kept:
         path.write_text("mine")

@@ -260,7 +260,11 @@ def test_the_exit_code_of_a_stopped_run(tmp_path, signal_at, number, code):
     assert not (tmp_path / "run" / "generator").exists()
 
 
-@pytest.mark.parametrize("later", [("--workers", "2"), ("--streaming", "--shuffle-buffer", "64")], ids=" ".join)
+@pytest.mark.parametrize(
+    "later",
+    [("--workers", "2"), pytest.param(("--streaming", "--shuffle-buffer", "64"), marks=pytest.mark.slow)],
+    ids=" ".join,
+)
 def test_in_two_processes_as_well(tmp_path, later):
     """Interrupted and resumed against the whole run; loader workers, unlike a stream, may come in later."""
     arguments = ["--cpu", "--width", "16", "--batch-size", "16", "--evaluation-samples", "0", "--log-every", "8"]
