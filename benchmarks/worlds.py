@@ -50,6 +50,10 @@ class Mixture:
         distance, mode = torch.cdist(samples, self.centres).min(dim=1)
         return torch.where(distance < 3 * self.deviation, mode, -1)
 
+    def spread(self, samples: Tensor) -> float:
+        """Root mean square distance of the samples from the nearest centre, in deviations."""
+        return float(torch.cdist(samples, self.centres).amin(dim=1).square().mean().sqrt() / self.deviation)
+
 
 def ring(_: Path, __: str) -> World:
     angles = torch.arange(8) * (2 * math.pi / 8)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import ablation, cells, coverage, quality, quality_runs, smoke, worlds
+from benchmarks import ablation, cells, coverage, coverage_runs, quality, quality_runs, smoke, worlds
 from benchmarks.peers import METHODS
 from gac_plugin import GAC, ConjugateGradient, GradientPenalty
 from gac_plugin.training import Config
@@ -130,11 +130,12 @@ def test_modes_and_their_shares_by_hand():
     world = worlds.ring(Path(), "")
     right, left = world.centres[0], world.centres[4]
     samples = torch.stack([right, right + torch.tensor([0.0, 0.029]), left, left + torch.tensor([0.031, 0.0])])
-    figures = coverage.judge(world, samples)
+    figures = coverage_runs.judge(world, samples)
     assert figures["modes"] == 2
     assert figures["good"] == 0.75
+    assert figures["spread"] == pytest.approx(2.9 / 3**0.5, rel=1e-4)
     assert figures["kl"] == pytest.approx(2 / 3 * math.log(8 * 2 / 3) + 1 / 3 * math.log(8 / 3))
-    assert coverage.judge(world, samples + 100) == {"modes": 0, "good": 0.0}
+    assert coverage_runs.judge(world, samples + 100) == {"modes": 0, "good": 0.0}
 
 
 @pytest.mark.parametrize(("world", "modes", "deviation"), [(worlds.ring, 8, 0.01), (worlds.grid, 25, 0.05)])
@@ -145,7 +146,7 @@ def test_mixtures_are_what_was_published(world, modes, deviation):
     assert nearest.unique().numel() == modes
     apart = samples - mixture.centres[nearest]
     assert apart.std().item() == pytest.approx(deviation, rel=0.02)
-    figures = coverage.judge(mixture, samples)
+    figures = coverage_runs.judge(mixture, samples)
     assert figures["good"] == pytest.approx(1 - math.exp(-4.5), abs=0.003)  # of a plane normal within 3 deviations
     assert figures["kl"] < 0.003
     reach = mixture.centres.abs().max().item()
@@ -164,7 +165,7 @@ def test_stacked_digits_are_read_colour_by_colour():
     assert world.mode_of(samples).tolist() == [314, 7]
     drawn = world.draw(3000, torch.Generator().manual_seed(0))
     assert drawn.shape == (3000, 3, 4, 4)
-    assert coverage.judge(world, drawn)["modes"] > 900
+    assert coverage_runs.judge(world, drawn)["modes"] > 900
 
 
 def test_published_sizes_of_networks():
@@ -188,16 +189,16 @@ def test_the_penalty_falls_with_the_rates(monkeypatch):
         weights.append((r1, r2))
         return GradientPenalty(r1, r2)
 
-    monkeypatch.setattr(coverage, "GradientPenalty", recorded)
+    monkeypatch.setattr(coverage_runs, "GradientPenalty", recorded)
     generator, discriminator = worlds.planar_generator(), worlds.planar_discriminator(False)
-    step = coverage.our_recipe({"gamma": 0.5}, 5)(generator, discriminator, 1e-3, 1e-3)
+    step = coverage_runs.our_recipe("kronecker", {"gamma": 0.5}, 5)(generator, discriminator, 1e-3, 1e-3)
     for _ in range(5):
-        step(coverage.real_batches(worlds.ring(Path(), ""), 4, 0))
+        step(coverage_runs.real_batches(worlds.ring(Path(), ""), 4, 0))
     assert weights == [(w, w) for w in (0.5, 0.375, 0.25, 0.125, 0.0)]
 
 
 def test_methods_have_as_many_cells():
-    for setting in coverage.SETTINGS.values():
+    for setting in coverage_runs.SETTINGS.values():
         assert len({len(method.cells) for method in setting.contenders.values()}) == 1
 
 

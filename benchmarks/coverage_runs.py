@@ -1,0 +1,328 @@
+"""Runs of the benchmark of coverage: settings, methods, training, and what their samples are, as made and refined.
+
+The protocol is PacGAN's (Lin, Khetan, Fanti & Oh 2018; its published code): networks, batches, numbers of samples, and
+what counts as a mode. All samples come from the running average of the generator, and all rates fall linearly to zero,
+GAC's penalty with them: it evens out the modes at first and would blur them later.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.cells import Cells
+from benchmarks.peers import PLAIN_GAME, Batches, Make, Step, adam, alternating, conjugate, falling
+from benchmarks.worlds import (
+    Mixture,
+    StackedGenerator,
+    World,
+    grid,
+    planar_discriminator,
+    planar_generator,
+    ring,
+    stacked,
+    stacked_discriminator,
+)
+from gac_plugin import GAC, GradientPenalty, Metric, kronecker, refine
+from gac_plugin.cotangent import evaluating
+from gac_plugin.training.ema import RunningAverage
+from gac_plugin.training.schedules import Schedule
+
+TUNING_SEED, EVALUATION_SEED, EMA, REFINEMENTS = 100, 1000, 0.995, 10
+LINEAR = Schedule("linear", 0.0)
+AS_MADE, REFINED = "as made", "refined"
+Cell = Mapping[str, float]
+Figures = dict[str, float]
+
+
+# ---- the settings and the methods
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A method in a setting.
+
+    Attributes:
+        make: (cell, steps) -> how the networks are trained.
+        cells: what is tried; `lr_g` and `lr_d` are the rates.
+        normalised: whether D has batch norm, where the setting publishes it.
+        times: its steps for each of the setting's, so that all methods train for about as long.
+    """
+
+    title: str
+    make: Callable[[Cell, int], Make]
+    cells: Sequence[Cell]
+    normalised: bool = False
+    times: int = 1
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A world, networks, and who is to learn it.
+
+    Attributes:
+        published: (name, modes, KL) of the best published result.
+        goal: (modes, KL, share of good samples): at least, at most, at least.
+        smaller: what is smaller here than in the published runs.
+    """
+
+    title: str
+    world: Callable[[Path, str], World]
+    generator: Callable[[int], nn.Module]
+    discriminator: Callable[[int, bool], nn.Module]
+    batch: int
+    samples: int
+    contenders: Mapping[str, Contender]
+    published: tuple[str, str, str]
+    goal: tuple[float, float, float]
+    smaller: str
+    seeds: int = 10
+
+
+def textbook(betas: tuple[float, float] | None, cell: Cell, steps: int) -> Make:
+    optimizer = falling(adam(*(betas or (cell["beta1"], 0.999))), LINEAR, steps)
+    return alternating(PLAIN_GAME, optimizer, optimizer)
+
+
+def our_recipe(metric: str | Metric, cell: Cell, steps: int) -> Make:
+    """`gac train --lr-schedule linear --penalty-schedule linear`, under a metric."""
+
+    def make(generator: nn.Module, discriminator: nn.Module, lr_g: float, lr_d: float) -> Step:
+        gac = GAC(
+            generator,
+            discriminator,
+            falling(conjugate(metric=metric), LINEAR, steps)(generator.parameters(), lr_g),
+            falling(adam(0.0, 0.99), LINEAR, steps)(discriminator.parameters(), lr_d),
+        )
+        numbers = count(1)
+
+        def step(batches: Batches) -> None:
+            gamma = cell["gamma"] * LINEAR.factor(next(numbers), steps)
+            gac.penalty = GradientPenalty(gamma, gamma)
+            gac.step(next(batches))
+
+        return step
+
+    return make
+
+
+PLANAR = {
+    "textbook": Contender(
+        "textbook Adam",
+        partial(textbook, None),
+        [{"lr_g": rate, "lr_d": rate, "beta1": beta} for rate in (1e-4, 3e-4, 1e-3) for beta in (0.5, 0.8)],
+        times=2,
+    ),
+    "gac": Contender(
+        "GAC",
+        partial(our_recipe, kronecker(largest_side=400)),
+        [{"lr_g": 1e-3, "lr_d": rate, "gamma": gamma} for rate in (1e-3, 2e-3) for gamma in (0.03, 0.3, 1.0)],
+    ),
+}
+
+
+def stacked_contenders(rates: tuple[float, float], betas: tuple[float, float]) -> dict[str, Contender]:
+    scaled = [{"lr_g": factor * rates[0], "lr_d": factor * rates[1]} for factor in (1.0, 2.0, 4.0, 8.0)]
+    ours = [{"lr_g": rate, "lr_d": rate / 2, "gamma": gamma} for rate in (1e-3, 2e-3) for gamma in (0.1, 1.0)]
+    return {
+        "textbook": Contender("textbook Adam", partial(textbook, betas), scaled, normalised=True),
+        "gac": Contender("GAC", partial(our_recipe, "kronecker"), ours),
+    }
+
+
+SETTINGS = {
+    "ring": Setting(
+        title="2-D ring, 8 modes of deviation 0.01",
+        world=ring,
+        generator=lambda _: planar_generator(),
+        discriminator=lambda _, normalised: planar_discriminator(normalised),
+        batch=100,
+        samples=2_500,
+        contenders=PLANAR,
+        published=("PacGAN", "7.9", "0.07"),
+        goal=(8, 0.02, 0.97),
+        smaller="steps (published 400,000)",
+    ),
+    "grid": Setting(
+        title="2-D grid, 25 modes of deviation 0.05",
+        world=grid,
+        generator=lambda _: planar_generator(),
+        discriminator=lambda _, normalised: planar_discriminator(normalised),
+        batch=100,
+        samples=2_500,
+        contenders=PLANAR,
+        published=("PacGAN", "24.8", "0.04"),
+        goal=(25, 0.02, 0.97),
+        smaller="steps (published 400,000)",
+    ),
+    "stacked": Setting(
+        title="Stacked MNIST",
+        world=stacked,
+        generator=partial(StackedGenerator, 100, 16),
+        discriminator=partial(stacked_discriminator, 16),
+        batch=64,
+        samples=26_000,
+        contenders=stacked_contenders((2e-4, 2e-4), (0.5, 0.999)),
+        published=("PacDCGAN", "1000", "0.06"),
+        goal=(1000, 0.06, 0.0),
+        smaller="networks (published: DCGAN of width 64) and steps (published 100,000)",
+        seeds=5,
+    ),
+    "hard": Setting(
+        title="Stacked MNIST, D a quarter of the size",
+        world=stacked,
+        generator=partial(StackedGenerator, 256, 8),
+        discriminator=partial(stacked_discriminator, 2),
+        batch=128,
+        samples=25_600,
+        contenders=stacked_contenders((1e-4, 2e-4), (0.5, 0.99)),
+        published=("PacGAN", "667", "1.81"),
+        goal=(667, 1.81, 0.0),
+        smaller="steps (published 500,000)",
+        seeds=5,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Size:
+    """Steps of a cell that is tried and of a run that counts, and the share of the published numbers of samples."""
+
+    tuning: Mapping[str, int]
+    steps: Mapping[str, int]
+    samples: float = 1.0
+    cells: int | None = None
+
+
+SIZES = {
+    "full": Size(
+        {"ring": 1_000, "grid": 1_000, "stacked": 1_000, "hard": 1_000},
+        {"ring": 3_000, "grid": 4_000, "stacked": 4_000, "hard": 4_000},
+    ),
+    "smoke": Size(dict.fromkeys(SETTINGS, 3), dict.fromkeys(SETTINGS, 4), samples=0.02, cells=2),
+}
+
+
+# ---- one run
+
+
+def run(
+    name: str, contender: str, folder: str, work: Path, cell: Cell, seed: int, steps: int, wanted: int
+) -> dict[str, Any]:
+    """Train and count modes.
+
+    Returns:
+        CPU `seconds` of training, and of the samples `as made` and `refined` what `judge` says, for mixtures with the
+        first 1,000 `samples`. Where it diverged each has `modes` 0 alone.
+    """
+    setting = SETTINGS[name]
+    world, method = setting.world(work, folder), setting.contenders[contender]
+    torch.manual_seed(seed)
+    side = world.draw(1, torch.Generator()).shape[-1]
+    generator, discriminator = setting.generator(side), setting.discriminator(side, method.normalised)
+    step = method.make(cell, steps)(generator, discriminator, cell["lr_g"], cell["lr_d"])
+    average, batches = RunningAverage(generator), real_batches(world, setting.batch, seed)
+    start = time.process_time()
+    for _ in range(steps):
+        step(batches)
+        average.update(generator, EMA)
+    seconds = time.process_time() - start
+    latents = torch.randn(wanted, generator.nz, generator=torch.Generator().manual_seed(EVALUATION_SEED)).split(1000)
+    refined = (refine(average.network, discriminator, z, REFINEMENTS) for z in latents)
+    return {
+        "seconds": seconds,
+        AS_MADE: figures_of(world, average.network, latents),
+        REFINED: figures_of(world, average.network, refined),
+    }
+
+
+def figures_of(world: World, generator: nn.Module, latents: Iterable[Tensor]) -> dict[str, Any]:
+    with torch.no_grad(), evaluating(generator):
+        samples = torch.cat([generator(z) for z in latents])
+    if not samples.isfinite().all():
+        return {"modes": 0}
+    points = {"samples": samples[:1000].tolist()} if isinstance(world, Mixture) else {}
+    return {**judge(world, samples), **points}
+
+
+def real_batches(world: World, batch: int, seed: int) -> Iterator[Tensor]:
+    random = torch.Generator().manual_seed(seed)
+    while True:
+        yield world.draw(batch, random)
+
+
+def judge(world: World, samples: Tensor) -> Figures:
+    """How many modes have a sample, how evenly, and the share of samples that are of any mode.
+
+    KL = sum_m p_m log(p_m / q_m), p the shares of the modes among the samples that are of one, q = 1 / modes; left out
+    where no sample is. `spread`, of a mixture: how far these are from their modes, root mean square, in deviations.
+    """
+    mode = world.mode_of(samples)
+    of_a_mode = mode >= 0
+    figures = {"modes": 0, "good": float(of_a_mode.double().mean())}
+    if not of_a_mode.any():
+        return figures
+    counts = torch.bincount(mode[of_a_mode], minlength=world.modes).double()
+    shares = counts[counts > 0] / counts.sum()
+    figures |= {"modes": len(shares), "kl": float((shares * (shares * world.modes).log()).sum())}
+    if isinstance(world, Mixture):
+        figures["spread"] = world.spread(samples[of_a_mode])
+    return figures
+
+
+def judge_real(name: str, folder: str, work: Path, count: int) -> Figures:
+    """The same of real samples: what is best possible with so many."""
+    world = SETTINGS[name].world(work, folder)
+    return judge(world, world.draw(count, torch.Generator().manual_seed(EVALUATION_SEED)))
+
+
+def loss_of(figures: Mapping[str, float]) -> float:
+    """KL - log(share of good samples): what the cells are chosen by; infinite where a run diverged."""
+    good = figures.get("good", 0.0)
+    return figures["kl"] - math.log(good) if good > 0 else math.inf
+
+
+# ---- all runs
+
+
+def measure(name: str, folder: str, cells: Cells, seeds: int, size: Size) -> dict[str, Any]:
+    """Real samples, the tuning and the runs of every method in a setting."""
+    setting = SETTINGS[name]
+    count = round(size.samples * setting.samples)
+    (real,) = cells.of({f"{name}/real-{count}": (judge_real, name, folder, cells.work, count)})
+    found = {}
+    for contender, method in setting.contenders.items():
+        common = (run, name, contender, folder, cells.work)
+        tuning, steps = method.times * size.tuning[name], method.times * size.steps[name]
+        options = method.cells[: size.cells]
+        tried = cells.of(
+            {
+                f"{name}/{contender}-{told(cell)}-{tuning}-tuning": (*common, cell, TUNING_SEED, tuning, count)
+                for cell in options
+            }
+        )
+        cell = min(zip(options, tried, strict=True), key=lambda pair: loss_of(pair[1][AS_MADE]))[0]
+        runs = cells.of(
+            {
+                f"{name}/{contender}-{told(cell)}-{steps}-{seed}": (*common, cell, seed, steps, count)
+                for seed in range(min(seeds, setting.seeds))
+            }
+        )
+        told_cells = [{"cell": one, **plain(made[AS_MADE])} for one, made in zip(options, tried, strict=True)]
+        found[contender] = {"steps": steps, "cell": cell, "tried": told_cells, "runs": runs}
+    return {"real": real, "samples": count, "methods": found}
+
+
+def told(cell: Cell) -> str:
+    return "-".join(f"{option}={value:g}" for option, value in cell.items())
+
+
+def plain(figures: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in figures.items() if name != "samples"}
