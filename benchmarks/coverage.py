@@ -22,7 +22,6 @@ from benchmarks.coverage_runs import (
     AS_MADE,
     EMA,
     REFINED,
-    REFINEMENTS,
     SETTINGS,
     SIZES,
     Setting,
@@ -53,7 +52,7 @@ def setting_lines(name: str, report: Mapping[str, Any]) -> list[str]:
     planar = "spread" in real
     rows = []
     for contender, found in report["methods"].items():
-        for stage in (AS_MADE, REFINED):
+        for stage in stages_of(found):
             runs = [one[stage] for one in found["runs"]]
             rows.append(
                 [
@@ -92,6 +91,11 @@ def setting_lines(name: str, report: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def stages_of(found: Mapping[str, Any]) -> list[str]:
+    """How the samples of a method were judged."""
+    return [stage for stage in (AS_MADE, REFINED) if stage in found["runs"][0]]
+
+
 def words(cell: Mapping[str, float]) -> str:
     return ", ".join(f"{option} {value:g}" for option, value in cell.items())
 
@@ -122,8 +126,8 @@ def page(settings: Mapping[str, Any]) -> str:
         "GAC's metric is `kronecker(400)`, which turns all layers of the generator; a step takes about twice as long "
         "as the textbook loop's, which therefore takes twice as many.",
         "",
-        f"Refined: the same latents after {REFINEMENTS} steps of `refine` with its defaults and the discriminator as "
-        "training left it, for both methods.",
+        "Refined: the same latents after 10 steps of `refine` with its defaults and the discriminator as training left "
+        "it, for both methods.",
         "",
         "GAC's rates, the range of its penalty and the metric in the plane were found in about 20 runs on one further "
         "seed of these mixtures; the textbook loop had no such runs beside its cells, which hold the published "
@@ -151,7 +155,7 @@ def draw(settings: Mapping[str, Any]) -> Figure:
         panels += [
             (f"{titles[one].title}, {stage}", found["runs"][0][stage].get("samples", []))
             for one, found in settings.get(name, {}).get("methods", {}).items()
-            for stage in (AS_MADE, REFINED)
+            for stage in stages_of(found)
         ]
         for axis, (title, points) in zip(row, panels, strict=False):
             axis.scatter(*zip(*points, strict=True), s=2, alpha=0.4) if points else None
@@ -164,7 +168,7 @@ def without_samples(report: Mapping[str, Any]) -> dict[str, Any]:
     """The figures alone, for the file of results."""
 
     def bare(run: Mapping[str, Any]) -> dict[str, Any]:
-        return {**run, AS_MADE: plain(run[AS_MADE]), REFINED: plain(run[REFINED])}
+        return {what: plain(found) if isinstance(found, Mapping) else found for what, found in run.items()}
 
     methods = {name: {**found, "runs": list(map(bare, found["runs"]))} for name, found in report["methods"].items()}
     return {**report, "methods": methods}
