@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import ablation, cells, coverage, coverage_runs, quality, quality_runs, smoke, worlds
+from benchmarks import ablation, ablation_variants, cells, coverage, coverage_runs, quality, quality_runs, smoke, worlds
 from benchmarks.peers import METHODS
 from gac_plugin import GAC, ConjugateGradient, GradientPenalty
 from gac_plugin.training import Config
@@ -257,14 +257,14 @@ def test_the_length_of_a_gradient_is_the_optimizer_s_own():
         generator(torch.randn(5, 4)).square().sum().backward()
         optimizer.step()
     for parameter, state in optimizer.state.items():
-        torch.testing.assert_close(ablation.length_squared(parameter.grad, state, 0.9), state["inner"])
+        torch.testing.assert_close(ablation_variants.length_squared(parameter.grad, state, 0.9), state["inner"])
 
 
 def test_variants_change_what_they_name():
-    for name, variant in ablation.VARIANTS.items():
+    for name, variant in ablation_variants.VARIANTS.items():
         changed = {key: value for key, value in variant.settings.items() if getattr(Config(), key) != value}
         assert changed == dict(variant.settings), name
-        assert bool(variant.settings or variant.make) == (name != ablation.DEFAULT)
+        assert bool(variant.settings or variant.make) == (name != ablation_variants.DEFAULT)
 
 
 # ---- pages and the smoke run
