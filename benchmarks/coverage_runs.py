@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.cells import Cells
-from benchmarks.peers import PLAIN_GAME, Batches, Make, Step, adam, alternating, conjugate, falling
+from benchmarks.peers import PLAIN_GAME, Batches, Game, Make, Step, adam, alternating, conjugate, falling
 from benchmarks.worlds import (
     Mixture,
     StackedGenerator,
@@ -30,7 +30,7 @@ from benchmarks.worlds import (
     stacked,
     stacked_discriminator,
 )
-from gac_plugin import GAC, GradientPenalty, Metric, kronecker, refine
+from gac_plugin import GAC, LOSSES, GradientPenalty, Metric, kronecker, refine
 from gac_plugin.cotangent import evaluating
 from gac_plugin.training.ema import RunningAverage
 from gac_plugin.training.schedules import Schedule
@@ -93,6 +93,26 @@ def textbook(betas: tuple[float, float] | None, cell: Cell, steps: int) -> Make:
     return alternating(PLAIN_GAME, optimizer, optimizer)
 
 
+@dataclass(frozen=True)
+class FallingGame(Game):
+    """The penalty falls linearly to zero over so many steps."""
+
+    steps: int = 1
+
+    def of_discriminator(self, discriminator: nn.Module, real: Tensor, fake: Tensor, number: int) -> Tensor:
+        assert self.penalty is not None
+        factor = LINEAR.factor(number + 1, self.steps)
+        penalty = GradientPenalty(factor * self.penalty.r1, factor * self.penalty.r2)
+        return Game(self.loss, penalty).of_discriminator(discriminator, real, fake, number)
+
+
+def penalised(cell: Cell, steps: int) -> Make:
+    """`our_recipe` without GAC: textbook order, two draws, plain Adam for both networks."""
+    optimizer = falling(adam(0.0, 0.99), LINEAR, steps)
+    game = FallingGame(LOSSES["bce"], GradientPenalty(cell["gamma"], cell["gamma"]), steps)
+    return alternating(game, optimizer, optimizer)
+
+
 def our_recipe(metric: str | Metric, cell: Cell, steps: int) -> Make:
     """`gac train --lr-schedule linear --penalty-schedule linear`, under a metric."""
 
@@ -119,7 +139,13 @@ PLANAR = {
     "textbook": Contender(
         "textbook Adam",
         partial(textbook, None),
-        [{"lr_g": rate, "lr_d": rate, "beta1": beta} for rate in (1e-4, 3e-4, 1e-3) for beta in (0.5, 0.8)],
+        [{"lr_g": rate, "lr_d": rate, "beta1": beta} for rate in (3e-5, 1e-4, 3e-4) for beta in (0.0, 0.5)],
+        times=2,
+    ),
+    "recipe": Contender(
+        "our recipe, plain Adam",
+        penalised,
+        [{"lr_g": rate, "lr_d": rate, "gamma": gamma} for rate in (3e-4, 1e-3) for gamma in (0.03, 0.3, 1.0)],
         times=2,
     ),
     "gac": Contender(
@@ -135,6 +161,7 @@ def stacked_contenders(rates: tuple[float, float], betas: tuple[float, float]) -
     ours = [{"lr_g": rate, "lr_d": rate / 2, "gamma": gamma} for rate in (1e-3, 2e-3) for gamma in (0.1, 1.0)]
     return {
         "textbook": Contender("textbook Adam", partial(textbook, betas), scaled, normalised=True),
+        "recipe": Contender("our recipe, plain Adam", penalised, ours),
         "gac": Contender("GAC", partial(our_recipe, "kronecker"), ours),
     }
 
@@ -144,7 +171,7 @@ SETTINGS = {
         title="2-D ring, 8 modes of deviation 0.01",
         world=ring,
         generator=lambda _: planar_generator(),
-        discriminator=lambda _, normalised: planar_discriminator(normalised),
+        discriminator=lambda *_: planar_discriminator(),
         batch=100,
         samples=2_500,
         contenders=PLANAR,
@@ -157,7 +184,7 @@ SETTINGS = {
         title="2-D grid, 25 modes of deviation 0.05",
         world=grid,
         generator=lambda _: planar_generator(),
-        discriminator=lambda _, normalised: planar_discriminator(normalised),
+        discriminator=lambda *_: planar_discriminator(),
         batch=100,
         samples=2_500,
         contenders=PLANAR,
@@ -176,7 +203,8 @@ SETTINGS = {
         contenders=stacked_contenders((2e-4, 2e-4), (0.5, 0.999)),
         published=("PacDCGAN", "1000", "0.06"),
         goal=(1000, 0.06, 0.0),
-        smaller="networks (published: DCGAN of width 64) and steps (published 100,000)",
+        smaller="networks (published: DCGAN of width 64, D with four stages, the first without batch norm), steps "
+        "(published 100,000), one step of G for each of D (published two); latents are normal (published uniform)",
         seeds=5,
     ),
     "hard": Setting(

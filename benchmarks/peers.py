@@ -169,7 +169,7 @@ def lookahead(inner: Make, every: int = 5, share: float = 0.5) -> Make:
 
 
 def constant(beta: float) -> BetaRule:
-    """d = u + beta d-: momentum."""
+    """d = u + beta d-, momentum; with the restart of all rules, d = u, where that would not ascend."""
     return BetaRule("constant", lambda p: torch.full_like(p.gu, beta), f"beta = {beta}", uses_change=False)
 
 
@@ -290,7 +290,7 @@ METHODS: dict[str, Method] = {
     "momentum": Method(
         "GAC, constant momentum",
         gac(conjugate(constant(0.5))),
-        about="as GAC, a constant beta of 0.5: momentum under the same metric",
+        about="as GAC, a constant beta of 0.5, momentum under the same metric, left out where d would not ascend",
     ),
     "conjugate": Method("GAC, PR+", gac(conjugate("pr+")), about="as GAC, rule `pr+`, |beta| at most 0.5"),
     "lookahead": Method(

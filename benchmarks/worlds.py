@@ -139,7 +139,7 @@ def planar_generator() -> nn.Module:
     return network
 
 
-def planar_discriminator(_: bool) -> nn.Module:
+def planar_discriminator() -> nn.Module:
     """2 - 200 - 200 - 200 - 1, each hidden unit the largest of 5 linear pieces."""
     return nn.Sequential(Maxout(2, 200), Maxout(200, 200), Maxout(200, 200), nn.Linear(200, 1)).apply(narrow)
 

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from benchmarks import ablation, ablation_variants, cells, coverage, coverage_runs, quality, quality_runs, smoke, worlds
-from benchmarks.peers import METHODS
-from gac_plugin import GAC, ConjugateGradient, GradientPenalty
+from benchmarks.peers import METHODS, Game
+from gac_plugin import GAC, LOSSES, ConjugateGradient, GradientPenalty
 from gac_plugin.training import Config
 
 RESULTS = cells.HERE / "results"
@@ -175,7 +175,7 @@ def test_published_sizes_of_networks():
     assert [layer.out_channels for layer in discriminator if isinstance(layer, nn.Conv2d)] == [2, 4, 8]
     assert generator(torch.zeros(2, 256)).shape == (2, 3, 28, 28)
     assert discriminator(torch.zeros(2, 3, 28, 28)).shape == (2, 1)
-    planar = worlds.planar_discriminator(False)
+    planar = worlds.planar_discriminator()
     x = torch.randn(3, 2)
     pieces = planar[0].linear(x)
     expected = torch.stack([pieces[:, start : start + 200] for start in range(0, 1000, 200)]).max(dim=0).values
@@ -183,18 +183,36 @@ def test_published_sizes_of_networks():
 
 
 def test_the_penalty_falls_with_the_rates(monkeypatch):
-    weights = []
+    made = []
 
-    def recorded(r1, r2):
-        weights.append((r1, r2))
-        return GradientPenalty(r1, r2)
+    def kept(*arguments, **options):
+        made.append(GAC(*arguments, **options))
+        return made[-1]
 
-    monkeypatch.setattr(coverage_runs, "GradientPenalty", recorded)
-    generator, discriminator = worlds.planar_generator(), worlds.planar_discriminator(False)
-    step = coverage_runs.our_recipe("kronecker", {"gamma": 0.5}, 5)(generator, discriminator, 1e-3, 1e-3)
+    monkeypatch.setattr(coverage_runs, "GAC", kept)
+    generator, discriminator = worlds.planar_generator(), worlds.planar_discriminator()
+    step = coverage_runs.our_recipe("kronecker", {"gamma": 0.5}, 5)(generator, discriminator, 1e-3, 2e-3)
+    batches, found = coverage_runs.real_batches(worlds.ring(Path(), ""), 4, 0), []
     for _ in range(5):
-        step(coverage_runs.real_batches(worlds.ring(Path(), ""), 4, 0))
-    assert weights == [(w, w) for w in (0.5, 0.375, 0.25, 0.125, 0.0)]
+        rates = [one.param_groups[0]["lr"] for one in (made[0].generator_optimizer, made[0].discriminator_optimizer)]
+        step(batches)
+        found.append([*rates, made[0].penalty.r1, made[0].penalty.r2])
+    expected = [[1e-3 * share, 2e-3 * share, 0.5 * share, 0.5 * share] for share in (1.0, 0.75, 0.5, 0.25, 0.0)]
+    assert found == [pytest.approx(one) for one in expected]
+
+
+def test_the_penalty_of_the_plain_recipe_falls_as_well():
+    torch.manual_seed(0)
+    discriminator, number = nn.Linear(2, 1), 4  # D is linear: its slope is its weight everywhere
+    real, fake = torch.randn(8, 2), torch.randn(8, 2)
+    penalised = coverage_runs.FallingGame(LOSSES["bce"], GradientPenalty(0.8, 0.8), steps=9)
+    with_it, without = (
+        game.of_discriminator(discriminator, real, fake, number) for game in (penalised, Game(LOSSES["bce"]))
+    )
+    slope = float(discriminator.weight.detach().square().sum())
+    assert float((with_it - without).detach()) == pytest.approx(
+        4 * 0.5 * (0.4 + 0.4) * slope, rel=1e-4
+    )  # every 4th, half of .8
 
 
 def test_methods_have_as_many_cells():
@@ -221,20 +239,21 @@ def test_who_wins():
     }
     assert ablation.winners(variants) == {"rule": "rule pr+, cap 0.5"}
     assert ablation.changes(variants) == {"rule": "pr+"}
+    variants["rule pr+ on a common batch"] = variants.pop("rule pr+, cap 0.5")
+    assert ablation.changes(variants) == {"rule pr+ on a common batch": None}, "no setting of gac train does that"
     mean, error = ablation.advantage(variants, "metric spectral", "first")
     assert (mean, error) == pytest.approx((math.log(2), 0.0), abs=1e-12)
 
 
 def test_steps_are_cut_by_what_a_step_costs():
-    assert [ablation.equal_steps(1000, cost) for cost in (1.0, 1.1, 0.9, 2.02, 0.78)] == [1000, 1000, 1000, 500, 1333]
+    assert [ablation.equal_steps(1000, cost) for cost in (1.0, 1.25, 0.75, 2000.0)] == [1000, 800, 1333, 1]
 
 
 def test_the_defaults_are_what_won():
     told = results("ablation")
     assert told["winners"] == ablation.winners(told["variants"])
-    config = Config()
     for name, value in ablation.changes(told["variants"]).items():
-        assert getattr(config, name) == value, f"the ablation asks for {name} = {value!r}"
+        assert getattr(Config(), name, "no such setting") == value, f"the ablation asks for {name} = {value!r}"
 
 
 def test_the_library_has_one_set_of_defaults():

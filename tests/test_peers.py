@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn.functional import binary_cross_entropy_with_logits, softplus
 
+from benchmarks import ablation_variants
 from benchmarks.peers import (
     METHODS,
     OUR_GAME,
@@ -24,7 +25,7 @@ from benchmarks.peers import (
     heavy_ball,
     lookahead,
 )
-from gac_plugin import LOSSES, PENALTIES, GradientPenalty
+from gac_plugin import LOSSES, PENALTIES, ConjugateGradient, GradientPenalty
 from gac_plugin.training import Config
 from gac_plugin.training.schedules import Schedule
 
@@ -269,16 +270,25 @@ def test_conjugate_gradient_as_published():
     assert_close(trained(METHODS["published"].make), by_hand(cross_entropy, log_d, FletcherReeves), 1e-5)
 
 
-def test_constant_beta_under_the_identity_is_the_heavy_ball():
-    gradients = [torch.tensor([1.0, 2.0]), torch.tensor([0.5, 1.5]), torch.tensor([0.4, 1.0])]
-    points = [nn.Parameter(torch.zeros(2)) for _ in range(2)]
-    ours = conjugate(constant(0.9), metric="identity", beta_max=1.0)([points[0]], 0.1)
-    theirs = heavy_ball([points[1]], 0.1)
+def moved(optimizers, gradients):
+    """Points that start at 0, one for each optimizer."""
+    points = [nn.Parameter(torch.zeros(len(gradients[0]))) for _ in optimizers]
+    made = [make([point], 0.1) for make, point in zip(optimizers, points, strict=True)]
     for gradient in gradients:
-        for point, optimizer in zip(points, (ours, theirs), strict=True):
-            point.grad = gradient.clone()
+        for point, optimizer in zip(points, made, strict=True):
+            point.grad = torch.tensor(gradient)
             optimizer.step()
-    torch.testing.assert_close(points[0], points[1])
+    return [point.tolist() for point in points]
+
+
+def test_constant_beta_under_the_identity_is_the_heavy_ball_until_it_would_not_ascend():
+    ours = conjugate(constant(0.9), metric="identity", beta_max=1.0)
+    one, other = moved([ours, heavy_ball], [[1.0, 2.0], [0.5, 1.5], [0.4, 1.0]])
+    assert one == pytest.approx(other)
+    # the gradient turns: -.5 + .9 goes against it, so the direction starts again
+    one, other = moved([ours, heavy_ball], [[1.0], [-0.5], [1.0]])
+    assert one == pytest.approx([-0.1 * (1.0 - 0.5 + (1.0 - 0.9 * 0.5))])
+    assert other == pytest.approx([-0.1 * (1.0 + 0.4 + 1.36)])
 
 
 def test_gac_is_trained_here_as_gac_train_does():
@@ -290,8 +300,45 @@ def test_gac_is_trained_here_as_gac_train_does():
         "kronecker",
         "fresh",
     )
-    assert (config.loss, config.score, config.beta1, config.beta2) == ("bce", None, 0.0, 0.99)
     assert R3_GAME.penalty.interval == 1
+    as_trained = ablation_variants.recipe(config, 1)
+    assert_close(trained(METHODS["gac"].make), trained(as_trained), 0)
+
+
+def test_one_pullback_is_gac_s_own_step():
+    config = Config(metric="adam")
+    one, two = (trained(ablation_variants.pullbacks(times)(config, 1)) for times in (1, 2))
+    usual = trained(ablation_variants.recipe(config, 1))
+    assert_close(one, usual, 1e-5)
+    assert (two[0] - usual[0]).abs().max() > 1e-2
+
+
+def test_on_a_common_batch_beta_is_free_of_the_noise_between_draws(monkeypatch):
+    """Where no network moves, y is nothing but noise, and so is PR+'s beta = <y, u> / <g-, u->."""
+    step = ConjugateGradient.step
+
+    def largest(make):
+        betas = []
+
+        def told(self, *arguments):
+            step(self, *arguments)
+            betas.append(abs(float(self.beta)))
+
+        monkeypatch.setattr(ConjugateGradient, "step", told)
+        trained(make(Config(rule="pr+"), 1), lr_g=0.0, lr_d=0.0)
+        assert len(betas) == STEPS
+        return max(betas)
+
+    assert largest(ablation_variants.recipe) > 0.1
+    assert largest(ablation_variants.common_batch) < 1e-4
+
+
+def test_d_moves_under_the_metric_of_g(monkeypatch):
+    base, turned = (
+        trained(make(Config(), 1), 1) for make in (ablation_variants.recipe, ablation_variants.turned_for_both)
+    )
+    assert_close(turned[:2], base[:2], 0.2)  # G is near: its step follows D's
+    assert any((a - b).abs().max() > 1e-3 for a, b in zip(turned[4:], base[4:], strict=True))
 
 
 def test_a_rate_follows_its_schedule():
