@@ -67,8 +67,8 @@ NOTES = """## Reading
 - With the penalty every fourth step GAC still carries a quarter of R1 and R2. The goal of half of R3GAN's step lies
   below the floor of both schedules on all three networks; `fresh` with no penalty at all has a floor of .50 to .57.
 - The default metric `kronecker` is not in these tables. In [QUALITY.md](QUALITY.md), where all methods took turns too,
-  it makes a step of GAC with the lazy penalty 1.32 times as long as `adam` does on small perceptrons (11.9 and 9.0 ms)
-  and 1.03 times on a small dcgan (43.8 and 42.5 ms).
+  it makes a step of GAC with the lazy penalty 1.36 times as long as `adam` does on small perceptrons (12.2 and 9.0 ms)
+  and 1.02 times on a small dcgan (41.9 and 40.9 ms).
 """
 
 

@@ -12,6 +12,7 @@ Time is steps times the CPU seconds of a step, which are measured for all method
 seconds of runs made at different hours on a shared machine cannot be compared.
 """
 
+import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -253,7 +254,8 @@ def page(studies: Mapping[str, Any]) -> str:
 def draw(studies: Mapping[str, Any]) -> Figure:
     figure, axes = new_figure(len(studies), 2, 7.0, 5.5)
     for (speed, cells), (study, report) in zip(axes, studies.items(), strict=True):
-        for index, (name, method) in enumerate(report["methods"].items()):
+        for name, method in report["methods"].items():
+            index = list(METHODS).index(name)
             style = {
                 "label": METHODS[name].title,
                 "color": f"C{index % 10}",
@@ -291,11 +293,14 @@ def main() -> None:
     parser = new_parser(__doc__, 5, SIZES)
     parser.add_argument("mnist", metavar="MNIST_FOLDER", help="MNIST in Hub layout")
     parser.add_argument("cifar", metavar="CIFAR_FOLDER", help="CIFAR-10 in Hub layout")
-    parser.add_argument("--only", choices=STUDIES, nargs="+", default=list(STUDIES), help="these data sets")
+    parser.add_argument(
+        "--only", choices=STUDIES, nargs="+", default=list(STUDIES), help="these data sets; figures of the other stay"
+    )
     parser.add_argument("--methods", choices=METHODS, nargs="+", default=list(METHODS), help="these methods alone")
     arguments = parser.parse_args()
     folders = {"mnist": arguments.mnist, "cifar": arguments.cifar}
-    studies: dict[str, Any] = {}
+    file = arguments.out / "results" / "quality.json"
+    studies: dict[str, Any] = json.loads(file.read_text())["studies"] if file.exists() else {}
     with workers(arguments.processes) as pool:
         for study in arguments.only:
             cells = Cells(arguments.work / "quality", pool)
