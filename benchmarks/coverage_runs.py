@@ -166,33 +166,25 @@ def stacked_contenders(rates: tuple[float, float], betas: tuple[float, float]) -
     }
 
 
+def planar(title: str, world: Callable[[Path, str], World], modes: int, published: tuple[str, str, str]) -> Setting:
+    return Setting(
+        title,
+        world,
+        generator=lambda _: planar_generator(),
+        discriminator=lambda *_: planar_discriminator(),
+        batch=100,
+        samples=2_500,
+        contenders=PLANAR,
+        published=published,
+        goal=(modes, 0.02, 0.97),
+        smaller="steps (published 400,000)",
+        refinements=10,
+    )
+
+
 SETTINGS = {
-    "ring": Setting(
-        title="2-D ring, 8 modes of deviation 0.01",
-        world=ring,
-        generator=lambda _: planar_generator(),
-        discriminator=lambda *_: planar_discriminator(),
-        batch=100,
-        samples=2_500,
-        contenders=PLANAR,
-        published=("PacGAN", "7.9", "0.07"),
-        goal=(8, 0.02, 0.97),
-        smaller="steps (published 400,000)",
-        refinements=10,
-    ),
-    "grid": Setting(
-        title="2-D grid, 25 modes of deviation 0.05",
-        world=grid,
-        generator=lambda _: planar_generator(),
-        discriminator=lambda *_: planar_discriminator(),
-        batch=100,
-        samples=2_500,
-        contenders=PLANAR,
-        published=("PacGAN", "24.8", "0.04"),
-        goal=(25, 0.02, 0.97),
-        smaller="steps (published 400,000)",
-        refinements=10,
-    ),
+    "ring": planar("2-D ring, 8 modes of deviation 0.01", ring, 8, ("PacGAN", "7.9", "0.07")),
+    "grid": planar("2-D grid, 25 modes of deviation 0.05", grid, 25, ("PacGAN", "24.8", "0.04")),
     "stacked": Setting(
         title="Stacked MNIST",
         world=stacked,
