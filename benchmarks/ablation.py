@@ -13,7 +13,6 @@ only one that is ahead there too is the winner of its factor. Ties leave the def
 
 import math
 import statistics
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -37,14 +36,14 @@ class Size:
 
     Attributes:
         rounds: of the measurement of a step's time.
-        turn: steps of each variant in a round; of 80 all that recurs does so as often as in any others.
+        turn: steps of each of the two in a round; of 80 all that recurs does so as often as in any others.
     """
 
     steps: int = 1_000
     confirming: int = 3_000
     samples: int = 5_000
     rates: int = 3
-    rounds: int = 5
+    rounds: int = 4
     turn: int = 80
 
 
@@ -62,24 +61,20 @@ def ends_with(folder: str, name: str, lr_g: float, seed: int, steps: int, sample
     return curve[0]["frechet"] if curve else None
 
 
-def relative_costs(folder: str, names: Sequence[str], rounds: int, turn: int) -> dict[str, float]:
-    """CPU seconds of a step by the default's in the same round, medians over rounds in which all take turns."""
+def relative_cost(folder: str, name: str, rounds: int, turn: int) -> float:
+    """CPU seconds of a step by those of the default: median over rounds, begun by one and by the other in turn."""
     known = yardstick(STUDY, folder)
-    runs = {}
-    for name in names:
-        variant = VARIANTS[name]
+    runs = []
+    for variant in (VARIANTS[name], VARIANTS[DEFAULT]):
         rates = (variant.rates[0], variant.config.lr_discriminator)
-        runs[name] = new_run(known, variant.recipe(1000), *rates, TUNING_SEED)
-    taken: dict[str, list[float]] = {name: [] for name in runs}
+        runs.append(new_run(known, variant.recipe(1000), *rates, TUNING_SEED))
+    ratios = []
     for number in range(rounds + 1):
-        for name, run in runs.items():
-            seconds = sum(run.advance() for _ in range(turn))
-            if number:  # the first round warms up
-                taken[name].append(seconds)
-    return {
-        name: statistics.median(a / b for a, b in zip(values, taken[DEFAULT], strict=True))
-        for name, values in taken.items()
-    }
+        taken = {}
+        for which in (0, 1) if number % 2 else (1, 0):
+            taken[which] = sum(runs[which].advance() for _ in range(turn))
+        ratios.append(taken[0] / taken[1])
+    return statistics.median(ratios[1:])  # the first round warms up
 
 
 def equal_steps(steps: int, cost: float) -> int:
@@ -101,8 +96,15 @@ class Bench:
         }
         return self.cells.of(tasks)
 
-    def measure(self, name: str, cost: float) -> dict[str, Any]:
-        """The tuning of a variant and its first runs."""
+    def cost(self, name: str) -> float:
+        if name == DEFAULT:
+            return 1.0
+        rounds, turn = self.size.rounds, self.size.turn
+        return self.cells.of({f"{name}/cost-{rounds}-{turn}": (relative_cost, self.folder, name, rounds, turn)})[0]
+
+    def measure(self, name: str) -> dict[str, Any]:
+        """The cost of a variant, its tuning and its first runs."""
+        cost = self.cost(name)
         rates, steps = VARIANTS[name].rates[: self.size.rates], equal_steps(self.size.steps, cost)
         tuning = self.ends(name, rates, [TUNING_SEED], steps)
         rate = min(zip(rates, tuning, strict=True), key=lambda pair: finite(pair[1]))[0]
@@ -123,13 +125,10 @@ class Bench:
 
 def measure(bench: Bench, names: Sequence[str], tell: Callable[[dict[str, Any]], None]) -> None:
     """Measure the variants, the default first, and `tell` what is known after each."""
-    size = bench.size
-    these = zlib.crc32(f"{names} {size.rounds} {size.turn}".encode())
-    (costs,) = bench.cells.of({f"costs-{these:08x}": (relative_costs, bench.folder, names, size.rounds, size.turn)})
     variants: dict[str, Any] = {}
     report = {"seeds": bench.seeds, "variants": variants}
     for name in names:
-        variants[name] = bench.measure(name, costs[name])
+        variants[name] = bench.measure(name)
         if is_ahead(variants, name, "first"):
             for one in (DEFAULT, name):
                 variants[one]["confirming"] = bench.confirm(one, variants[one])
