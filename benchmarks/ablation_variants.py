@@ -1,7 +1,7 @@
 """The pieces of GAC that the ablation changes, one factor at a time."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from benchmarks.peers import (
     latents,
     lookahead,
 )
-from gac_plugin import BETAS, GAC, ConjugateGradient, GradientPenalty, Score
+from gac_plugin import BETAS, GAC, ConjugateGradient, GradientPenalty, Metric, Score, kronecker
 from gac_plugin.cotangent import pullback
 from gac_plugin.metric import as_matrix
 from gac_plugin.training import Config
@@ -57,11 +57,16 @@ class Variant:
 
 
 def recipe(
-    config: Config, steps: int, rule: Any = None, score: Any = None, optimizer_d: MakeOptimizer | None = None
+    config: Config,
+    steps: int,
+    rule: Any = None,
+    metric: Metric | None = None,
+    score: Any = None,
+    optimizer_d: MakeOptimizer | None = None,
 ) -> Make:
     """What `gac train` does under a configuration."""
     schedule = Schedule.parse(config.lr_schedule, "--lr-schedule")
-    options = {"metric": config.metric, "beta_max": config.beta_max, "beta2": config.beta2}
+    options = {"metric": metric or config.metric, "beta_max": config.beta_max, "beta2": config.beta2}
     return gac(
         falling(conjugate(rule or config.rule, **options), schedule, steps),
         falling(optimizer_d or adam(float(config.beta1), config.beta2), schedule, steps),
@@ -78,6 +83,19 @@ def penalty_of(config: Config) -> GradientPenalty:
 
 def momentum(beta: float) -> Callable[[Config, int], Make]:
     return lambda config, steps: recipe(config, steps, rule=constant(beta))
+
+
+def under(metric: Metric) -> Callable[[Config, int], Make]:
+    return lambda config, steps: recipe(config, steps, metric=metric)
+
+
+def left_alone(metric: Metric) -> Metric:
+    """`kronecker` with the output side of each matrix turned, and the input side as it is written."""
+
+    def init(parameter: Tensor) -> dict[str, Tensor]:
+        return {name: kept for name, kept in metric.init(parameter).items() if not name.startswith("right")}
+
+    return replace(metric, init=init)
 
 
 def scored(score: Score) -> Callable[[Config, int], Make]:
@@ -191,6 +209,9 @@ def variants() -> dict[str, Variant]:
         Variant("metric", "adam", {"metric": "adam"}, rates=(1e-3, 2e-3, 4e-3)),
         Variant("metric", "spectral", {"metric": "spectral"}, rates=(0.003, 0.01, 0.03)),
         Variant("metric", "identity", {"metric": "identity"}, rates=(0.03, 0.1, 0.3)),
+        *(Variant("metric", f"kronecker, sides to {side}", make=under(kronecker(side))) for side in (128, 400)),
+        *(Variant("metric", f"kronecker, turned every {n}", make=under(kronecker(interval=n))) for n in (1, 40)),
+        Variant("metric", "kronecker, output sides alone", make=under(left_alone(kronecker()))),
         *(Variant("beta2", f"{value:g}", {"beta2": value}) for value in (0.9, 0.95, 0.999)),
         *(Variant("loss", name, {"loss": name}) for name in ("mse", "hinge", "wasserstein", "relativistic")),
         *(Variant("score", name, {"score": name}) for name in ("logit", "probability")),

@@ -12,7 +12,7 @@ from torch import nn
 
 from benchmarks import ablation, ablation_variants, cells, coverage, coverage_runs, quality, quality_runs, smoke, worlds
 from benchmarks.peers import METHODS, Game
-from gac_plugin import GAC, LOSSES, ConjugateGradient, GradientPenalty
+from gac_plugin import GAC, LOSSES, ConjugateGradient, GradientPenalty, kronecker
 from gac_plugin.training import Config
 
 RESULTS = cells.HERE / "results"
@@ -284,6 +284,22 @@ def test_variants_change_what_they_name():
         changed = {key: value for key, value in variant.settings.items() if getattr(Config(), key) != value}
         assert changed == dict(variant.settings), name
         assert bool(variant.settings or variant.make) == (name != ablation_variants.DEFAULT)
+
+
+def test_output_sides_alone_are_turned():
+    """The first axis of a weight is the output's: M = L N L^T, and what is turned is L^T g."""
+    metric = ablation_variants.left_alone(kronecker())
+    torch.manual_seed(0)
+    gradients = torch.randn(6, 5, 7, dtype=torch.float64)
+    state = metric.init(gradients[0])
+    assert {name for name in state if "basis" in name} == {"left_basis"}
+    for step, gradient in enumerate(gradients, 1):
+        state["step"] = step
+        direction = metric.at([gradient], [state], {"beta2": 0.9, "eps": 0.0})([gradient])[0]
+    left = state["left_basis"]
+    assert not torch.allclose(left, torch.eye(5, dtype=left.dtype), atol=0.1)
+    diagonal = (state["second_moment"] / (1 - 0.9**6)).sqrt()
+    torch.testing.assert_close(direction, left @ ((left.T @ gradients[-1]) / diagonal))
 
 
 # ---- pages and the smoke run
