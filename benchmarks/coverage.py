@@ -156,7 +156,7 @@ def draw(settings: Mapping[str, Any]) -> Figure:
         world, titles = SETTINGS[name].world(Path(), ""), SETTINGS[name].contenders
         panels = [("real", world.draw(1000, torch.Generator().manual_seed(0)).tolist())]
         panels += [
-            (f"{titles[one].title}, {stage}", found["runs"][0][stage].get("samples", []))
+            (f"{titles[one].title}\n{stage}", found["runs"][0][stage].get("samples", []))
             for one, found in settings.get(name, {}).get("methods", {}).items()
             for stage in stages_of(found)
         ]
