@@ -19,6 +19,7 @@ from itertools import product
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 
 from benchmarks.ablation_variants import DEFAULT, VARIANTS
 from benchmarks.cells import Cells, new_figure, new_parser, table, workers, write_report
@@ -259,9 +260,11 @@ def draw(report: Mapping[str, Any]) -> Figure:
         axis.plot(math.exp(mean), place, "o", color=colour, markersize=4)
     axis.axvline(1.0, color="#444444", linewidth=0.8)
     axis.set(xscale="log", yticks=range(len(shown)), yticklabels=shown, xlabel="Frechet distance, rival over default")
+    axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0)))
+    axis.xaxis.set_minor_locator(NullLocator())
     axis.xaxis.set_major_formatter("{x:g}")
-    axis.xaxis.set_minor_formatter("{x:g}")
-    axis.tick_params(axis="both", which="both", labelsize=8)
+    axis.tick_params(labelsize=8)
+    axis.margins(y=0.01)
     axis.invert_yaxis()
     return figure
 
