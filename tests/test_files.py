@@ -137,6 +137,27 @@ def test_what_a_killed_process_left_half_written_is_swept_and_nothing_else(tmp_p
     assert {path for path in tmp_path.rglob("*") if path.is_file()} == set(kept)
 
 
+def test_what_safetensors_leaves_of_a_killed_save_is_swept(tmp_path):
+    program = (
+        "import sys, torch; from safetensors.torch import save_file\n"
+        "tensors = {'a': torch.zeros(10_000_000)}\n"
+        "for _ in range(100): save_file(tensors, sys.argv[1])"
+    )
+    folder = tmp_path / "generator"
+    folder.mkdir()
+    left = []
+    while not left:
+        with subprocess.Popen([sys.executable, "-c", program, folder / "model.safetensors"]) as process:
+            while process.poll() is None and not list(folder.glob(".tmp*")):
+                pass
+            if process.poll() == 0:
+                pytest.skip("this safetensors writes files in place")
+            process.kill()
+        left = list(folder.glob(".tmp*"))
+    sweep_run(tmp_path)
+    assert not list(folder.glob(".*"))
+
+
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with (

@@ -23,8 +23,8 @@ PARTS = ("samples", "maps", "checkpoints", "logs", "generator", "discriminator")
 CALIBRATED = "calibrated"
 """The folder in a run folder that holds a discriminator to refine with."""
 REPORT, COMPARISON = "report.html", "comparison.html"
-HALF_WRITTEN = re.compile(r"\.[\w-]+-[a-z0-9_]{8}\.\w+")
-"""What `write_whole` calls a file until it is whole."""
+HALF_WRITTEN = re.compile(r"\.[\w-]+-[a-z0-9_]{8}\.\w+|\.tmp[A-Za-z0-9]{6}")
+"""What `write_whole` calls a file until it is whole, and what safetensors (0.8) does."""
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 GAP, GAP_COLOUR = 4, "#606060"
 
