@@ -134,7 +134,7 @@ def page(settings: Mapping[str, Any]) -> str:
         "",
         "GAC's rates, the range of its penalty and the metric in the plane were found in about 20 runs on one further "
         "seed of these mixtures, and our recipe has the same range. The textbook loop's cells surround the published "
-        "rate.",
+        "rate in the plane; on Stacked MNIST they are 1, 4, 8 and 16 times it.",
         "",
         "![Samples in the plane](plots/coverage.png)",
         "",

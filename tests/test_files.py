@@ -148,12 +148,13 @@ def test_what_safetensors_leaves_of_a_killed_save_is_swept(tmp_path):
     left = []
     while not left:
         with subprocess.Popen([sys.executable, "-c", program, folder / "model.safetensors"]) as process:
-            while process.poll() is None and not list(folder.glob(".tmp*")):
+            while (code := process.poll()) is None and not list(folder.glob(".*")):
                 pass
-            if process.poll() == 0:
+            if code == 0:
                 pytest.skip("this safetensors writes files in place")
+            assert code is None, "saving failed"
             process.kill()
-        left = list(folder.glob(".tmp*"))
+        left = list(folder.glob(".*"))
     sweep_run(tmp_path)
     assert not list(folder.glob(".*"))
 
