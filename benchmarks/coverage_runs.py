@@ -157,8 +157,8 @@ PLANAR = {
 
 
 def stacked_contenders(rates: tuple[float, float], betas: tuple[float, float]) -> dict[str, Contender]:
-    scaled = [{"lr_g": factor * rates[0], "lr_d": factor * rates[1]} for factor in (1.0, 4.0, 8.0, 16.0)]
-    ours = [{"lr_g": rate, "lr_d": rate / 2, "gamma": gamma} for rate in (1e-3, 2e-3) for gamma in (0.1, 1.0)]
+    scaled = [{"lr_g": factor * rates[0], "lr_d": factor * rates[1]} for factor in (4.0, 8.0, 16.0, 32.0)]
+    ours = [{"lr_g": rate, "lr_d": 4e-3, "gamma": gamma} for rate in (2e-3, 4e-3) for gamma in (1.0, 3.0)]
     return {
         "textbook": Contender("textbook Adam", partial(textbook, betas), scaled, normalised=True),
         "recipe": Contender("our recipe, plain Adam", penalised, ours),
