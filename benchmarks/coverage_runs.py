@@ -189,14 +189,15 @@ SETTINGS = {
         title="Stacked MNIST",
         world=stacked,
         generator=partial(StackedGenerator, 100, 16),
-        discriminator=partial(stacked_discriminator, 16),
+        discriminator=partial(stacked_discriminator, 32),
         batch=64,
         samples=26_000,
         contenders=stacked_contenders((2e-4, 2e-4), (0.5, 0.999)),
         published=("PacDCGAN", "1000", "0.06"),
         goal=(1000, 0.06, 0.0),
-        smaller="networks (published: DCGAN of width 64, D with four stages, the first without batch norm), steps "
-        "(published 100,000), one step of G for each of D (published two); latents are normal (published uniform)",
+        smaller="networks (G of width 16, D of 32; published: DCGAN of width 64, D with four stages, the first "
+        "without batch norm), steps (published 100,000), one step of G for each of D (published two); latents are "
+        "normal (published uniform)",
         seeds=5,
     ),
     "hard": Setting(
@@ -227,8 +228,8 @@ class Size:
 
 SIZES = {
     "full": Size(
-        {"ring": 1_000, "grid": 1_000, "stacked": 1_000, "hard": 1_000},
-        {"ring": 3_000, "grid": 4_000, "stacked": 4_000, "hard": 4_000},
+        {"ring": 1_000, "grid": 1_000, "stacked": 2_000, "hard": 1_000},
+        {"ring": 3_000, "grid": 4_000, "stacked": 12_000, "hard": 4_000},
     ),
     "smoke": Size(dict.fromkeys(SETTINGS, 3), dict.fromkeys(SETTINGS, 4), samples=0.02, cells=2),
 }
@@ -244,7 +245,7 @@ def run(
 
     Returns:
         CPU `seconds` of training, and of the samples `as made`, and `refined` where the setting wants it, what `judge`
-        says, for mixtures with the first 1,000 `samples`. Where it diverged each has `modes` 0 alone.
+        says, with a few of the `samples`. Where it diverged each has `modes` 0 alone.
     """
     setting = SETTINGS[name]
     world, method = setting.world(work, folder), setting.contenders[contender]
@@ -259,20 +260,24 @@ def run(
         average.update(generator, EMA)
     seconds = time.process_time() - start
     latents = torch.randn(wanted, generator.nz, generator=torch.Generator().manual_seed(EVALUATION_SEED)).split(1000)
-    found = {"seconds": seconds, AS_MADE: figures_of(world, average.network, latents)}
+    found = {"seconds": seconds, AS_MADE: figures_of(world, samples_of(average.network, latents))}
     if setting.refinements:
         refined = (refine(average.network, discriminator, z, setting.refinements) for z in latents)
-        found[REFINED] = figures_of(world, average.network, refined)
+        found[REFINED] = figures_of(world, samples_of(average.network, refined))
     return found
 
 
-def figures_of(world: World, generator: nn.Module, latents: Iterable[Tensor]) -> dict[str, Any]:
-    with torch.no_grad(), evaluating(generator):
-        samples = torch.cat([generator(z) for z in latents])
+@torch.no_grad()
+def samples_of(generator: nn.Module, latents: Iterable[Tensor]) -> Tensor:
+    with evaluating(generator):
+        return torch.cat([generator(z) for z in latents])
+
+
+def figures_of(world: World, samples: Tensor) -> dict[str, Any]:
+    """What `judge` says, and the first `samples`."""
     if not samples.isfinite().all():
         return {"modes": 0}
-    points = {"samples": samples[:1000].tolist()} if isinstance(world, Mixture) else {}
-    return {**judge(world, samples), **points}
+    return {**judge(world, samples), "samples": samples[: world.shown].tolist()}
 
 
 def real_batches(world: World, batch: int, seed: int) -> Iterator[Tensor]:
@@ -300,10 +305,10 @@ def judge(world: World, samples: Tensor) -> Figures:
     return figures
 
 
-def judge_real(name: str, folder: str, work: Path, count: int) -> Figures:
+def judge_real(name: str, folder: str, work: Path, count: int) -> dict[str, Any]:
     """The same of real samples: what is best possible with so many."""
     world = SETTINGS[name].world(work, folder)
-    return judge(world, world.draw(count, torch.Generator().manual_seed(EVALUATION_SEED)))
+    return figures_of(world, world.draw(count, torch.Generator().manual_seed(EVALUATION_SEED)))
 
 
 def loss_of(figures: Mapping[str, float]) -> float:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -20,9 +20,14 @@ from gac_plugin.training.files import write_whole
 
 
 class World(Protocol):
-    """Real samples without end, and the modes that samples are of."""
+    """Real samples without end, and the modes that samples are of.
+
+    Attributes:
+        shown: samples in a picture.
+    """
 
     modes: int
+    shown: ClassVar[int]
 
     def draw(self, count: int, random: torch.Generator) -> Tensor: ...
 
@@ -35,6 +40,7 @@ class World(Protocol):
 class Mixture:
     """Normal distributions around points of the plane, equally likely. A sample is of a mode within 3 deviations."""
 
+    shown: ClassVar[int] = 1000
     centres: Tensor
     deviation: float
 
@@ -69,6 +75,7 @@ def grid(_: Path, __: str) -> World:
 class Stacked:
     """Three digits drawn apart, one in each colour; the mode is the number that a classifier reads."""
 
+    shown: ClassVar[int] = 16
     digits: Tensor
     classifier: nn.Module
     modes: int = 1000
