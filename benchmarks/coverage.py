@@ -176,11 +176,11 @@ def show(axis: Axes, samples: Tensor, edge: float) -> None:
     """Points (N, 2) within `edge` of 0, or 16 images (16, 3, side, side)."""
     if samples.dim() == 2:
         axis.axis("on")
-        axis.scatter(*samples.T, s=2, alpha=0.4)
+        axis.scatter(*samples.T.numpy(), s=2, alpha=0.4)
         axis.set(xlim=(-edge, edge), ylim=(-edge, edge), aspect="equal")
     else:
         sheet = samples.unflatten(0, (4, 4)).permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)
-        axis.imshow((sheet + 1) / 2)
+        axis.imshow((sheet.numpy() + 1) / 2)
 
 
 def without_samples(report: Mapping[str, Any]) -> dict[str, Any]:

@@ -168,6 +168,18 @@ def test_stacked_digits_are_read_colour_by_colour():
     assert coverage_runs.judge(world, drawn)["modes"] > 900
 
 
+def test_sixteen_images_lie_in_rows_of_four():
+    images = torch.linspace(-1, 1, 16)[:, None, None, None].expand(16, 3, 2, 3)
+    figure = coverage.draw(
+        {"stacked": {"real": {"samples": images.tolist()}, "methods": {"gac": {"runs": [{"as made": {"modes": 0}}]}}}}
+    )
+    real, empty = figure.axes
+    sheet = real.images[0].get_array()
+    assert sheet.shape == (8, 12, 3)
+    assert sheet[::2, ::3, 0].flatten().tolist() == pytest.approx([number / 15 for number in range(16)])
+    assert not empty.images
+
+
 def test_published_sizes_of_networks():
     generator, discriminator = worlds.StackedGenerator(256, 8, 28), worlds.stacked_discriminator(2, 28, True)
     widths = [layer.out_channels for layer in generator.layers if isinstance(layer, nn.ConvTranspose2d)]
