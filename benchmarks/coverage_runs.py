@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.cells import Cells
-from benchmarks.peers import PLAIN_GAME, Batches, Game, Make, Step, adam, alternating, conjugate, falling
+from benchmarks.peers import LINEAR, PLAIN_GAME, Batches, Game, Make, Step, adam, alternating, conjugate, falling
 from benchmarks.worlds import (
     Mixture,
     StackedGenerator,
@@ -33,10 +33,8 @@ from benchmarks.worlds import (
 from gac_plugin import GAC, LOSSES, GradientPenalty, Metric, kronecker, refine
 from gac_plugin.cotangent import evaluating
 from gac_plugin.training.ema import RunningAverage
-from gac_plugin.training.schedules import Schedule
 
 TUNING_SEED, EVALUATION_SEED, EMA = 100, 1000, 0.995
-LINEAR = Schedule("linear", 0.0)
 AS_MADE, REFINED = "as made", "refined"
 Cell = Mapping[str, float]
 Figures = dict[str, float]

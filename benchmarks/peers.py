@@ -253,12 +253,30 @@ class Method:
         make: builds its step.
         rates: those that are tried for G and, apart, for D: as many for every method.
         about: game, optimizer and source in a line.
+        falling_over: builds the step with rates that fall over so many steps; None where they stay as they are.
     """
 
     title: str
     make: Make
     rates: tuple[float, ...] = SCALED
     about: str = ""
+    falling_over: Callable[[int], Make] | None = None
+
+    def make_over(self, steps: int) -> Make:
+        """How its step is built for a run of so many steps."""
+        return self.make if self.falling_over is None else self.falling_over(steps)
+
+
+LINEAR = Schedule("linear", 0.0)
+
+
+def falling_gac(steps: int) -> Make:
+    return gac(falling(conjugate(), LINEAR, steps), falling(adam(0.0, 0.99), LINEAR, steps))
+
+
+def falling_recipe(steps: int) -> Make:
+    optimizer = falling(adam(0.0, 0.99), LINEAR, steps)
+    return alternating(OUR_GAME, optimizer, optimizer)
 
 
 TEXTBOOK, OURS = "textbook", "gac"
@@ -276,23 +294,33 @@ METHODS: dict[str, Method] = {
     "adam-metric": Method(
         "GAC, Adam's metric", gac(conjugate(metric="adam")), about="as GAC, metric `adam`: what the metric is worth"
     ),
+    "gac-falling": Method(
+        "GAC, falling rates",
+        gac(),
+        about="as GAC, both rates fall linearly to zero over the run: `gac train --lr-schedule linear`",
+        falling_over=falling_gac,
+    ),
+    "momentum": Method(
+        "GAC, constant momentum",
+        gac(conjugate(constant(0.5))),
+        about="as GAC, a constant beta of 0.5, momentum under the same metric, left out where d would not ascend",
+    ),
     "recipe": Method(
         "our recipe, plain Adam",
         alternating(OUR_GAME, adam(0.0, 0.99), adam(0.0, 0.99)),
         about="GAC's loss, penalty and rates' scale; textbook order, two draws, Adam (0, 0.99)",
+    ),
+    "recipe-falling": Method(
+        "our recipe, plain Adam, falling rates",
+        alternating(OUR_GAME, adam(0.0, 0.99), adam(0.0, 0.99)),
+        about="as our recipe, both rates fall linearly to zero over the run",
+        falling_over=falling_recipe,
     ),
     "r3gan": Method(
         "R3GAN's recipe",
         alternating(R3_GAME, adam(0.0, 0.99), adam(0.0, 0.99)),
         about="relativistic, R1 + R2 in every step, gamma 1, Adam (0, 0.99) (Huang et al. 2024)",
     ),
-    "fused": Method("GAC, fused", gac(schedule="fused"), about="as GAC, schedule `fused`"),
-    "momentum": Method(
-        "GAC, constant momentum",
-        gac(conjugate(constant(0.5))),
-        about="as GAC, a constant beta of 0.5, momentum under the same metric, left out where d would not ascend",
-    ),
-    "conjugate": Method("GAC, PR+", gac(conjugate("pr+")), about="as GAC, rule `pr+`, |beta| at most 0.5"),
     "lookahead": Method(
         "lookahead-minmax",
         lookahead(alternating(PLAIN_GAME, adam(0.0, 0.999), adam(0.0, 0.999))),
@@ -320,20 +348,5 @@ METHODS: dict[str, Method] = {
         alternating(PLAIN_GAME, heavy_ball, heavy_ball),
         tuple(rate / 10 for rate in UNSCALED),  # a tenth, for momentum makes steps ten times as long
         "momentum 0.9, BCE, no penalty",
-    ),
-    "lookahead+": Method(
-        "lookahead-minmax, our penalty",
-        lookahead(alternating(OUR_GAME, adam(0.0, 0.99), adam(0.0, 0.99))),
-        about="lookahead-minmax around our recipe with plain Adam",
-    ),
-    "extragradient+": Method(
-        "extragradient Adam, our penalty",
-        extragradient(OUR_GAME, adam(0.0, 0.99)),
-        about="extragradient with the loss, penalty and betas of our recipe",
-    ),
-    "optimistic+": Method(
-        "optimistic Adam, our penalty",
-        alternating(OUR_GAME, optimistic_adam(0.0, 0.99), optimistic_adam(0.0, 0.99)),
-        about="optimistic Adam with the loss, penalty and betas of our recipe",
     ),
 }

@@ -159,10 +159,10 @@ def verdict(report: Mapping[str, Any]) -> list[str]:
         for name in methods
         if name != OURS and statistics.median(seconds_to(report, name, target)) < ours
     ]
-    lines.append(f"- Faster to the target than GAC: {', '.join(faster) or 'none'}.")
+    lines.append(f"- Faster to the target than GAC: {'; '.join(faster) or 'none'}.")
     end = statistics.median(finals(methods[OURS]))
     better = [METHODS[name].title for name in methods if statistics.median(finals(methods[name])) < end]
-    lines.append(f"- Better at the end than GAC: {', '.join(better) or 'none'}.")
+    lines.append(f"- Better at the end than GAC: {'; '.join(better) or 'none'}.")
     share, theirs = share_near(report, OURS), share_near(report, TEXTBOOK)
     lines.append(
         f"- Robustness: GAC {share:.0%} of the cells, textbook Adam {theirs:.0%}, goal at least twice as many: "
@@ -180,7 +180,7 @@ def study_lines(study: str, report: Mapping[str, Any]) -> list[str]:
         f"{STUDIES[study].networks}; batch {BATCH}; {len(report['seeds'])} seeds of {some['steps']:,} steps; Frechet "
         f"distance of {report['samples']:,} samples against {report['real samples']:,} in {report['features']}; two "
         f"halves of the real ones are {report['floor']:.2f} apart. Target: {target_of(report):.1f}, the median "
-        "that the tuned textbook loop ends with." + (f" Not measured yet: {', '.join(missing)}." if missing else ""),
+        "that the tuned textbook loop ends with." + (f" Not measured yet: {'; '.join(missing)}." if missing else ""),
         "",
         *verdict(report),
         "",

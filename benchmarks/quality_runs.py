@@ -173,7 +173,7 @@ def learn(
 
 def try_cell(study: str, folder: str, name: str, rates: tuple[float, float], steps: int, samples: int) -> float | None:
     """The Frechet distance that a cell of the grid ends with; None where it diverged."""
-    curve = learn(study, folder, METHODS[name].make, rates, TUNING_SEED, [steps], samples)["curve"]
+    curve = learn(study, folder, METHODS[name].make_over(steps), rates, TUNING_SEED, [steps], samples)["curve"]
     return curve[0]["frechet"] if curve else None
 
 
@@ -181,7 +181,7 @@ def long_run(
     study: str, folder: str, name: str, rates: tuple[float, float], seed: int, steps: int, size: Size
 ) -> dict[str, Any]:
     marks = [steps * number // size.evaluations for number in range(1, size.evaluations + 1)]
-    return learn(study, folder, METHODS[name].make, rates, seed, marks, size.samples)
+    return learn(study, folder, METHODS[name].make_over(steps), rates, seed, marks, size.samples)
 
 
 def measure_pace(study: str, folder: str, names: Sequence[str], rounds: int) -> dict[str, float]:

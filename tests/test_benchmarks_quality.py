@@ -91,7 +91,6 @@ GRADIENTS = {
     "gac": 3 + 2 / 4,  # R1 and R2 in every fourth step
     "recipe": 3 + 2 / 4,
     "r3gan": 3 + 2,
-    "fused": 2 + 2 / 4,
     "extragradient": 6,
     "lookahead": 3,
 }

@@ -351,6 +351,26 @@ def test_a_rate_follows_its_schedule():
     assert rates == pytest.approx([0.1, 0.075, 0.05, 0.025, 0.0])
 
 
+@pytest.mark.parametrize(("name", "base"), [("gac-falling", "gac"), ("recipe-falling", "recipe")])
+def test_falling_rates_fall_to_nothing_over_the_run(name, base):
+    """The first step is at the full rate, and the last of all moves nothing."""
+    method, usual = METHODS[name], METHODS[base]
+    assert_close(trained(method.make_over(10), steps=1), trained(usual.make, steps=1), 0)
+    assert_close(trained(method.make_over(2), steps=2), trained(usual.make, steps=1), 0)
+    assert usual.make_over(2) is usual.make
+
+
+def test_half_way_the_rate_is_half():
+    def optimizer(parameters, lr):
+        adam = torch.optim.Adam(parameters, lr, betas=(0.0, 0.99))
+        falls = torch.optim.lr_scheduler.LambdaLR(adam, lambda t: 1 - t / 4)
+        adam.register_step_post_hook(lambda *_: falls.step())
+        return adam
+
+    expected = trained(alternating(OUR_GAME, optimizer, optimizer), steps=3)
+    assert_close(trained(METHODS["recipe-falling"].make_over(5), steps=3), expected, 1e-6)
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_moves_both_networks_and_has_as_many_cells(name):
     before = [p.detach() for network in networks() for p in network.parameters()]
