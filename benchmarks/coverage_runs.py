@@ -226,8 +226,8 @@ class Size:
 
 SIZES = {
     "full": Size(
-        {"ring": 1_000, "grid": 1_000, "stacked": 4_000, "hard": 1_000},
-        {"ring": 3_000, "grid": 4_000, "stacked": 16_000, "hard": 4_000},
+        {"ring": 1_000, "grid": 1_000, "stacked": 2_000, "hard": 1_000},
+        {"ring": 3_000, "grid": 4_000, "stacked": 12_000, "hard": 4_000},
     ),
     "smoke": Size(dict.fromkeys(SETTINGS, 3), dict.fromkeys(SETTINGS, 4), samples=0.02, cells=2),
 }
