@@ -8,7 +8,7 @@ gradient g, the sign of descent included.
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any
 
@@ -268,17 +268,6 @@ class Method:
 
 
 LINEAR = Schedule("linear", 0.0)
-
-
-def falling_gac(steps: int) -> Make:
-    return gac(falling(conjugate(), LINEAR, steps), falling(adam(0.0, 0.99), LINEAR, steps))
-
-
-def falling_recipe(steps: int) -> Make:
-    optimizer = falling(adam(0.0, 0.99), LINEAR, steps)
-    return alternating(OUR_GAME, optimizer, optimizer)
-
-
 TEXTBOOK, OURS = "textbook", "gac"
 METHODS: dict[str, Method] = {
     TEXTBOOK: Method(
@@ -294,12 +283,6 @@ METHODS: dict[str, Method] = {
     "adam-metric": Method(
         "GAC, Adam's metric", gac(conjugate(metric="adam")), about="as GAC, metric `adam`: what the metric is worth"
     ),
-    "gac-falling": Method(
-        "GAC, falling rates",
-        gac(),
-        about="as GAC, both rates fall linearly to zero over the run: `gac train --lr-schedule linear`",
-        falling_over=falling_gac,
-    ),
     "momentum": Method(
         "GAC, constant momentum",
         gac(conjugate(constant(0.5))),
@@ -309,12 +292,6 @@ METHODS: dict[str, Method] = {
         "our recipe, plain Adam",
         alternating(OUR_GAME, adam(0.0, 0.99), adam(0.0, 0.99)),
         about="GAC's loss, penalty and rates' scale; textbook order, two draws, Adam (0, 0.99)",
-    ),
-    "recipe-falling": Method(
-        "our recipe, plain Adam, falling rates",
-        alternating(OUR_GAME, adam(0.0, 0.99), adam(0.0, 0.99)),
-        about="as our recipe, both rates fall linearly to zero over the run",
-        falling_over=falling_recipe,
     ),
     "r3gan": Method(
         "R3GAN's recipe",
@@ -349,4 +326,33 @@ METHODS: dict[str, Method] = {
         tuple(rate / 10 for rate in UNSCALED),  # a tenth, for momentum makes steps ten times as long
         "momentum 0.9, BCE, no penalty",
     ),
+}
+
+
+def falling_gac(steps: int) -> Make:
+    return gac(falling(conjugate(), LINEAR, steps), falling(adam(0.0, 0.99), LINEAR, steps))
+
+
+def falling_alternating(game: Game, make_optimizer: MakeOptimizer) -> Callable[[int], Make]:
+    def over(steps: int) -> Make:
+        optimizer = falling(make_optimizer, LINEAR, steps)
+        return alternating(game, optimizer, optimizer)
+
+    return over
+
+
+FALLING = {
+    TEXTBOOK: falling_alternating(PLAIN_GAME, adam(0.5, 0.999)),
+    OURS: falling_gac,
+    "recipe": falling_alternating(OUR_GAME, adam(0.0, 0.99)),
+    "r3gan": falling_alternating(R3_GAME, adam(0.0, 0.99)),
+}
+METHODS |= {
+    f"{name}-falling": replace(
+        METHODS[name],
+        title=f"{METHODS[name].title}, falling rates",
+        about="the same, both rates fall linearly to zero over the run",
+        falling_over=over,
+    )
+    for name, over in FALLING.items()
 }

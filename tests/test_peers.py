@@ -351,10 +351,10 @@ def test_a_rate_follows_its_schedule():
     assert rates == pytest.approx([0.1, 0.075, 0.05, 0.025, 0.0])
 
 
-@pytest.mark.parametrize(("name", "base"), [("gac-falling", "gac"), ("recipe-falling", "recipe")])
-def test_falling_rates_fall_to_nothing_over_the_run(name, base):
+@pytest.mark.parametrize("name", ["textbook", "gac", "recipe", "r3gan"])
+def test_falling_rates_fall_to_nothing_over_the_run(name):
     """The first step is at the full rate, and the last of all moves nothing."""
-    method, usual = METHODS[name], METHODS[base]
+    method, usual = METHODS[f"{name}-falling"], METHODS[name]
     assert_close(trained(method.make_over(10), steps=1), trained(usual.make, steps=1), 0)
     assert_close(trained(method.make_over(2), steps=2), trained(usual.make, steps=1), 0)
     assert usual.make_over(2) is usual.make
