@@ -58,19 +58,19 @@ def setting_lines(name: str, report: Mapping[str, Any]) -> list[str]:
             runs = [one[stage] for one in found["runs"]]
             rows.append(
                 [
-                    f"{setting.contenders[contender].title}, {stage}",
+                    setting.contenders[contender].title + (f", {stage}" if setting.refinements else ""),
                     mean(runs, "modes", ".1f"),
                     mean(runs, "kl", ".3f"),
-                    mean(runs, "good", ".3f") if planar else "",
-                    mean(runs, "spread", ".2f") if planar else "",
+                    *((mean(runs, "good", ".3f"), mean(runs, "spread", ".2f")) if planar else ()),
                     f"{reached(setting, runs)}/{len(runs)}",
                     mean(found["runs"], "seconds", ".0f") if stage == AS_MADE else "",
                 ]
             )
     title, *figures = setting.published
-    rows.append([f"published: {title}", *figures, "", "", "", ""])
-    good_real, spread = (f"{real['good']:.3f}", f"{real['spread']:.2f}") if planar else ("", "")
-    rows.append(["real samples", f"{real['modes']}", f"{real['kl']:.3f}", good_real, spread, "", ""])
+    of_mixtures = ("good samples", "spread") if planar else ()
+    rows.append([f"published: {title}", *figures, *("" for _ in of_mixtures), "", ""])
+    likewise = (f"{real['good']:.3f}", f"{real['spread']:.2f}") if planar else ()
+    rows.append(["real samples", f"{real['modes']}", f"{real['kl']:.3f}", *likewise, "", ""])
     modes, kl, good = setting.goal
     methods = report["methods"].items()
     steps = " and ".join(f"{found['steps']:,} ({setting.contenders[one].title})" for one, found in methods)
@@ -81,11 +81,11 @@ def setting_lines(name: str, report: Mapping[str, Any]) -> list[str]:
         f"{setting.smaller}. Goal: at least {modes:g} modes, KL at most {kl:g}"
         + (f", at least {good:.0%} good samples." if good else "."),
         "",
-        *table(("method", "modes", "KL", "good samples", "spread", "runs at the goal", "CPU s of training"), rows),
+        *table(("method", "modes", "KL", *of_mixtures, "runs at the goal", "CPU s of training"), rows),
         "",
         *(
             f"- {setting.contenders[one].title}: chosen {words(found['cell'])}. Tried: "
-            + "; ".join(f"{words(cell['cell'])}: {outcome(cell)}" for cell in found["tried"])
+            + "; ".join(f"{words(cell['cell'])}: {outcome(cell, planar)}" for cell in found["tried"])
             + "."
             for one, found in methods
         ),
@@ -102,11 +102,11 @@ def words(cell: Mapping[str, float]) -> str:
     return ", ".join(f"{option} {value:g}" for option, value in cell.items())
 
 
-def outcome(figures: Mapping[str, Any]) -> str:
+def outcome(figures: Mapping[str, Any], planar: bool) -> str:
     if "good" not in figures:
         return "diverged"
     kl = f", KL {figures['kl']:.3f}" if "kl" in figures else ""
-    return f"{figures['modes']} modes{kl}, good {figures['good']:.3f}"
+    return f"{figures['modes']} modes{kl}" + (f", good {figures['good']:.3f}" if planar else "")
 
 
 def page(settings: Mapping[str, Any]) -> str:
@@ -120,7 +120,8 @@ def page(settings: Mapping[str, Any]) -> str:
         "",
         "PacGAN's protocol (Lin et al. 2018): its batches, numbers of samples and rule of what counts, and its "
         "networks where nothing else is said. In the plane a sample is good within 3 deviations of a mode, and a mode "
-        "is found if it has a good sample; on Stacked MNIST a classifier reads three digits. KL is the reverse one, of "
+        "is found if it has a good sample; on Stacked MNIST a classifier reads three digits, whatever they look "
+        "like: where D is a quarter of the size no method's samples are legible. KL is the reverse one, of "
         "the shares of modes among good samples against equal ones. Spread: how far good samples are from their modes, "
         "root mean square, in deviations. Means and standard errors over seeds.",
         "",
