@@ -255,11 +255,11 @@ def draw(studies: Mapping[str, Any]) -> Figure:
     figure, axes = new_figure(len(studies), 2, 7.0, 5.5)
     for (speed, cells), (study, report) in zip(axes, studies.items(), strict=True):
         for name, method in report["methods"].items():
-            index = list(METHODS).index(name)
+            usual = name.removesuffix("-falling")
             style = {
                 "label": METHODS[name].title,
-                "color": f"C{index % 10}",
-                "linestyle": "-" if index < 10 else "--",
+                "color": [*(f"C{number}" for number in range(10)), "black"][list(METHODS).index(usual)],
+                "linestyle": "-" if name == usual else "--",
                 "linewidth": 2.2 if name in (OURS, TEXTBOOK) else 1.1,
             }
             runs = [run["curve"] for run in method["runs"]]
