@@ -18,7 +18,18 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.cells import Cells
-from benchmarks.peers import LINEAR, PLAIN_GAME, Batches, Game, Make, Step, adam, alternating, conjugate, falling
+from benchmarks.peers import (
+    LINEAR,
+    PLAIN_GAME,
+    Batches,
+    Game,
+    Make,
+    Step,
+    adam,
+    conjugate,
+    falling,
+    falling_alternating,
+)
 from benchmarks.worlds import (
     Mixture,
     StackedGenerator,
@@ -87,8 +98,7 @@ class Setting:
 
 
 def textbook(betas: tuple[float, float] | None, cell: Cell, steps: int) -> Make:
-    optimizer = falling(adam(*(betas or (cell["beta1"], 0.999))), LINEAR, steps)
-    return alternating(PLAIN_GAME, optimizer, optimizer)
+    return falling_alternating(PLAIN_GAME, adam(*(betas or (cell["beta1"], 0.999))), steps)
 
 
 @dataclass(frozen=True)
@@ -106,9 +116,8 @@ class FallingGame(Game):
 
 def penalised(cell: Cell, steps: int) -> Make:
     """`our_recipe` without GAC: textbook order, two draws, plain Adam for both networks."""
-    optimizer = falling(adam(0.0, 0.99), LINEAR, steps)
     game = FallingGame(LOSSES["bce"], GradientPenalty(cell["gamma"], cell["gamma"]), steps)
-    return alternating(game, optimizer, optimizer)
+    return falling_alternating(game, adam(0.0, 0.99), steps)
 
 
 def our_recipe(metric: str | Metric, cell: Cell, steps: int) -> Make:

@@ -9,6 +9,7 @@ gradient g, the sign of descent included.
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import count
 from typing import Any
 
@@ -234,6 +235,15 @@ def falling(make_optimizer: MakeOptimizer, schedule: Schedule, steps: int) -> Ma
     return make
 
 
+LINEAR = Schedule("linear", 0.0)
+
+
+def falling_alternating(game: Game, make_optimizer: MakeOptimizer, steps: int) -> Make:
+    """The textbook loop, both rates falling linearly to zero over so many steps."""
+    optimizer = falling(make_optimizer, LINEAR, steps)
+    return alternating(game, optimizer, optimizer)
+
+
 # ---- the table
 
 
@@ -267,7 +277,6 @@ class Method:
         return self.make if self.falling_over is None else self.falling_over(steps)
 
 
-LINEAR = Schedule("linear", 0.0)
 TEXTBOOK, OURS = "textbook", "gac"
 METHODS: dict[str, Method] = {
     TEXTBOOK: Method(
@@ -333,19 +342,11 @@ def falling_gac(steps: int) -> Make:
     return gac(falling(conjugate(), LINEAR, steps), falling(adam(0.0, 0.99), LINEAR, steps))
 
 
-def falling_alternating(game: Game, make_optimizer: MakeOptimizer) -> Callable[[int], Make]:
-    def over(steps: int) -> Make:
-        optimizer = falling(make_optimizer, LINEAR, steps)
-        return alternating(game, optimizer, optimizer)
-
-    return over
-
-
-FALLING = {
-    TEXTBOOK: falling_alternating(PLAIN_GAME, adam(0.5, 0.999)),
+FALLING: dict[str, Callable[[int], Make]] = {
+    TEXTBOOK: partial(falling_alternating, PLAIN_GAME, adam(0.5, 0.999)),
     OURS: falling_gac,
-    "recipe": falling_alternating(OUR_GAME, adam(0.0, 0.99)),
-    "r3gan": falling_alternating(R3_GAME, adam(0.0, 0.99)),
+    "recipe": partial(falling_alternating, OUR_GAME, adam(0.0, 0.99)),
+    "r3gan": partial(falling_alternating, R3_GAME, adam(0.0, 0.99)),
 }
 METHODS |= {
     f"{name}-falling": replace(

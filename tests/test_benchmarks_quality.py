@@ -114,6 +114,17 @@ def test_learning_is_the_same_for_the_same_seed_and_tells_where_it_diverged():
     assert broken == {"curve": []}
 
 
+def test_cells_and_long_runs_let_the_rates_fall_over_their_own_steps():
+    rates = (1e-3, 1e-3)
+    falling = quality_runs.try_cell("mnist", "digits", "gac-falling", rates, 2, 50)
+    assert falling != quality_runs.try_cell("mnist", "digits", "gac", rates, 2, 50)
+    size = quality_runs.Size({}, {}, evaluations=2, samples=50)
+    usual, fallen = (
+        quality_runs.long_run("mnist", "digits", name, rates, 0, 4, size)["curve"] for name in ("gac", "gac-falling")
+    )
+    assert usual[1]["frechet"] != fallen[1]["frechet"]
+
+
 def test_all_methods_see_the_same_batches():
     known = quality_runs.yardstick("mnist", "digits")
     one, two = quality_runs.batches(known, 4), quality_runs.batches(known, 4)
