@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
 from benchmarks.ablation_variants import DEFAULT, VARIANTS
-from benchmarks.cells import Cells, new_figure, new_parser, table, workers, write_report
+from benchmarks.cells import Cells, new_figure, new_parser, save_plot, table, workers, write_report
 from benchmarks.quality_runs import TUNING_SEED, learn, new_run, yardstick
 
 COMMAND = "python -m benchmarks.ablation MNIST_FOLDER --work FOLDER"
@@ -280,7 +280,8 @@ def main() -> None:
     def tell(report: dict[str, Any]) -> None:
         asked = {"winners": winners(report["variants"]), "changes": changes(report["variants"])}
         whole = {"command": COMMAND, **asked, **report}
-        write_report(arguments.out, "ablation", whole, page(report, size), draw(report))
+        write_report(arguments.out, "ablation", whole, page(report, size))
+        save_plot(arguments.out, "ablation", draw(report))
 
     with workers(arguments.processes) as pool:
         cells = Cells(arguments.work / "ablation", pool)

@@ -73,6 +73,25 @@ def new_parser(doc: str | None, seeds: int, sizes: Mapping[str, Any]) -> argpars
     return parser
 
 
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Where networks are trained."""
+    parser.add_argument("--device", default="cpu", help="that networks are trained on, such as cuda (default: cpu)")
+
+
+def suffix(device: str) -> str:
+    """What sets the cells of another device than the CPU apart."""
+    return "" if device == "cpu" else f"-{device}"
+
+
+def name_of(device: str) -> str:
+    return torch.cuda.get_device_name() if device.startswith("cuda") else device
+
+
+def place_of(device: str) -> str:
+    """What a page tells of where networks were trained."""
+    return device if device == "cpu" else f"{name_of(device)} with torch {torch.__version__}"
+
+
 def add_out(parser: argparse.ArgumentParser) -> None:
     """Where the page, the figures and the plots go."""
     parser.add_argument(
@@ -84,14 +103,18 @@ def add_out(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def write_report(out: Path, name: str, report: Mapping[str, Any], page: str, figure: Figure) -> None:
-    """NAME.md, results/name.json and plots/name.png in the folder."""
+def write_report(out: Path, name: str, report: Mapping[str, Any], page: str) -> None:
+    """NAME.md and results/name.json in the folder."""
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     write_json(out / "results" / f"{name}.json", {**versions, **report})
     (out / f"{name.upper()}.md").write_text(page)
-    (out / "plots").mkdir(exist_ok=True)
-    figure.savefig(out / "plots" / f"{name}.png", dpi=120)
     print(out / f"{name.upper()}.md", flush=True)
+
+
+def save_plot(out: Path, name: str, figure: Figure) -> None:
+    """plots/name.png in the folder."""
+    (out / "plots").mkdir(parents=True, exist_ok=True)
+    figure.savefig(out / "plots" / f"{name}.png", dpi=120)
 
 
 def new_figure(rows: int, columns: int, width: float = 6.0, height: float = 4.5) -> tuple[Figure, Any]:

@@ -1,6 +1,10 @@
 """What does a training step cost? GAC against the loops that people use, and against its own arithmetic in a flat loop.
 
-    python -m benchmarks.cost        writes results/cost.json, plots/cost.png and COST.md; about 16 minutes
+    python -m benchmarks.cost                                       about 16 minutes
+    python -m benchmarks.cost --device cuda --dtype bfloat16        about two, with larger networks as well
+    python -m benchmarks.cost --device cuda --graphs                half a minute
+
+writes results/cost.json, plots/cost-DEVICE-DTYPE.png and COST.md.
 
 All contenders of a case (`cost_steps.py`) step the same two networks on the same batches, in turns within each round,
 the order shifted from round to round; a ratio is that of two contenders' times within one round. Learning rate 0, so
@@ -18,7 +22,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate, product
 from pathlib import Path
@@ -31,8 +35,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from benchmarks import cost_page
-from benchmarks.cells import add_out
-from benchmarks.cost_steps import CONTENDERS, LAZY, Game, Step
+from benchmarks.cells import add_device, add_out, name_of
+from benchmarks.cost_steps import CONTENDERS, DEFAULT, LAZY, Game, Step, default
 from gac_plugin.adapters import dcgan, mimicry, mlp
 from gac_plugin.protocols import Adapter
 from gac_plugin.training.files import write_json
@@ -40,6 +44,7 @@ from gac_plugin.training.files import write_json
 LATENT, SEED, WARM = 64, 0, 2
 BASES = ("textbook", "r3gan", "flat fresh", "flat fused")
 COMPILED = ("textbook", "flat fresh", "fresh", "flat fused", "fused")
+CAPTURED = ("textbook", "r3gan", "flat fresh", "fresh", "flat fused", "fused", "fresh, lazy", "fused, lazy")
 
 Report = dict[str, Any]
 
@@ -55,7 +60,7 @@ class Case:
         width, depth: of both networks.
         batch: number of samples.
         turn: steps of a contender within a round, a multiple of the penalty's interval.
-        rounds: of which the first two do not count.
+        rounds: that count.
     """
 
     title: str
@@ -75,7 +80,33 @@ CASES = {
 }
 
 
-def make_game(case: Case, device: str = "cpu", dtype: torch.dtype = torch.float32, compiled: bool = False) -> Game:
+ON_ACCELERATOR = {
+    "large dcgan": Case(
+        "large DCGAN, 3 x 64 x 64, width 128, batch 64", dcgan.adapter, (3, 64, 64), 128, 4, 64, 5 * LAZY, 5
+    ),
+    "large residual": Case(
+        "large residual, 3 x 32 x 32, width 128, batch 64", mimicry.adapter, (3, 32, 32), 128, 2, 64, 5 * LAZY, 5
+    ),
+    **{name: replace(case, turn=5 * LAZY, rounds=5) for name, case in CASES.items()},
+}
+"""With turns in which the default metric, too, has all that recurs: it turns its bases in every tenth step."""
+
+
+def cases_on(device: str) -> dict[str, Case]:
+    return CASES if device == "cpu" else ON_ACCELERATOR
+
+
+def contenders_on(device: str) -> dict[str, Callable[[Game], Step]]:
+    return CONTENDERS if device == "cpu" else {**CONTENDERS, DEFAULT: default}
+
+
+def make_game(
+    case: Case,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    compiled: bool = False,
+    capturable: bool = False,
+) -> Game:
     """Networks with fresh weights, and Adam for each with rate 0."""
     torch.manual_seed(SEED)
     arguments = {"sample_shape": case.shape, "latent_size": LATENT, "width": case.width, "depth": case.depth}
@@ -84,9 +115,8 @@ def make_game(case: Case, device: str = "cpu", dtype: torch.dtype = torch.float3
     if compiled:
         for network in networks:
             network.compile()
-    return Game(
-        *networks, *(torch.optim.Adam(n.parameters(), 0.0, (0.0, 0.99), foreach=True) for n in networks), LATENT
-    )
+    options = {"lr": 0.0, "betas": (0.0, 0.99), "foreach": True, "capturable": capturable}
+    return Game(*networks, *(torch.optim.Adam(network.parameters(), **options) for network in networks), LATENT)
 
 
 def make_batches(case: Case, count: int, device: str = "cpu", dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -178,10 +208,15 @@ def peak_memory(make_step: Callable[[], Step], batches: Sequence[Tensor]) -> int
 def measure(case: Case, device: str, dtype: torch.dtype, threads: Sequence[int], rounds: int) -> Report:
     """Operations a step, peak memory, and times by the number of threads, of all contenders."""
     print(case.title, flush=True)
-    batches = make_batches(case, case.turn, device, dtype)
-    memory = {name: peak_memory(partial(start, name, case, device, dtype), batches[:LAZY]) for name in CONTENDERS}
+    batches, contenders = make_batches(case, case.turn, device, dtype), contenders_on(device)
+    for contender in contenders.values():  # the libraries' own memory, which is taken at first use, is nobody's
+        run(start(contender, case, device, dtype), batches[:1])
+    memory = {
+        name: peak_memory(partial(start, contender, case, device, dtype), batches[:LAZY])
+        for name, contender in contenders.items()
+    }
     game = make_game(case, device, dtype)
-    steps = {name: contender(game) for name, contender in CONTENDERS.items()}
+    steps = {name: contender(game) for name, contender in contenders.items()}
     for step in steps.values():
         run(step, batches[:LAZY])
     operations = {name: count_operations(step, batches[:LAZY]) / LAZY for name, step in steps.items()}
@@ -194,9 +229,9 @@ def measure(case: Case, device: str, dtype: torch.dtype, threads: Sequence[int],
     return {"title": case.title, "operations": operations, "memory": memory, "times": times}
 
 
-def start(name: str, case: Case, device: str, dtype: torch.dtype) -> Step:
+def start(contender: Callable[[Game], Step], case: Case, device: str, dtype: torch.dtype) -> Step:
     """A contender's step with networks of its own."""
-    return CONTENDERS[name](make_game(case, device, dtype))
+    return contender(make_game(case, device, dtype))
 
 
 def measure_compiled(case: Case, device: str, dtype: torch.dtype, rounds: int) -> Report:
@@ -212,6 +247,39 @@ def measure_compiled(case: Case, device: str, dtype: torch.dtype, rounds: int) -
     times = summary(interleave(steps, batches, rounds, time.process_time if device == "cpu" else wall))
     print(f"{case.title}, compiled\n{told(times)}", flush=True)
     return {"title": case.title, "first turn, seconds": seconds, "times": times}
+
+
+def measure_captured(case: Case, device: str, dtype: torch.dtype, rounds: int) -> Report:
+    """Some contenders step by step, and a turn of them as one CUDA graph, which launches all kernels at once."""
+    torch.set_num_threads(1)
+    batches, turns = make_batches(case, LAZY, device, dtype), {}
+    for name in CAPTURED:
+        step = CONTENDERS[name](make_game(case, device, dtype, capturable=True))
+        turns[name] = partial(run, step, batches)
+        turns[f"{name}, captured"] = capture(turns[name]).replay
+    steps = {name: partial(replay, turn) for name, turn in turns.items()}
+    times = interleave(steps, batches[:1], rounds, wall)
+    of_a_step = {name: [seconds / LAZY for seconds in taken] for name, taken in times.items()}
+    print(f"{case.title}, captured\n{told(summary(of_a_step))}", flush=True)
+    return {"title": case.title, "times": summary(of_a_step)}
+
+
+def capture(turn: Callable[[], None]) -> torch.cuda.CUDAGraph:
+    """The kernels of a turn as a graph, after turns on a stream of their own, as capturing demands."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(WARM):
+            turn()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        turn()
+    return graph
+
+
+def replay(turn: Callable[[], None], _: Tensor) -> None:
+    turn()
 
 
 def summary(times: Mapping[str, Sequence[float]]) -> Report:
@@ -237,27 +305,41 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--only", choices=CASES, help="one case; the figures of the others stay")
-    parser.add_argument("--rounds", type=int, metavar="N", help="rounds that count (default: 100 of the MLP, else 12)")
-    parser.add_argument("--device", default="cpu", help="(default: cpu)")
+    parser.add_argument("--only", choices=ON_ACCELERATOR, help="one case; the figures of the others stay")
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        metavar="N",
+        help="rounds that count (default: on a CPU 100 of the MLP, else 12; on accelerators 5)",
+    )
+    add_device(parser)
     parser.add_argument("--dtype", default="float32", help="of networks and samples, for example bfloat16")
     parser.add_argument(
         "--threads", type=int, nargs="+", default=[1, 2], metavar="N", help="(default: 1 2); others stay"
     )
     parser.add_argument("--compile", action="store_true", help="only this: torch.compile on the MLP's networks")
+    parser.add_argument("--graphs", action="store_true", help="only this: CUDA graphs of the small networks' steps")
     add_out(parser)
     arguments = parser.parse_args()
     dtype, file = getattr(torch, arguments.dtype), arguments.out / "results" / "cost.json"
     report: Report = json.loads(file.read_text()) if file.exists() else {}
     found = report.setdefault(f"{arguments.device}, {arguments.dtype}", {})
     found["machine"] = machine(arguments.device)
+    cases, place = cases_on(arguments.device), (arguments.device, dtype)
     if arguments.compile:
-        case = CASES["mlp"]
-        found["compiled"] = measure_compiled(case, arguments.device, dtype, arguments.rounds or case.rounds)
+        found["compiled"] = measure_compiled(cases["mlp"], *place, arguments.rounds or cases["mlp"].rounds)
         save(report, arguments.out)
         return
-    for name in [arguments.only] if arguments.only else CASES:
-        case = CASES[name]
+    if arguments.graphs:
+        found["captured"] = [
+            measure_captured(cases[name], *place, arguments.rounds or cases[name].rounds) for name in CASES
+        ]
+        save(report, arguments.out)
+        return
+    if arguments.only and arguments.only not in cases:
+        parser.error(f"{arguments.only!r} is measured on accelerators alone; on the CPU there are {', '.join(cases)}")
+    for name in [arguments.only] if arguments.only else cases:
+        case = cases[name]
         measured = measure(case, arguments.device, dtype, arguments.threads, arguments.rounds or case.rounds)
         measured["times"] = {**found.get(name, {}).get("times", {}), **measured["times"]}
         found[name] = measured
@@ -271,11 +353,7 @@ def save(report: Report, out: Path) -> None:
 
 
 def machine(device: str) -> str:
-    name = (
-        torch.cuda.get_device_name()
-        if device.startswith("cuda")
-        else f"{os.cpu_count()} CPU cores, {platform.machine()}"
-    )
+    name = f"{os.cpu_count()} CPU cores, {platform.machine()}" if device == "cpu" else name_of(device)
     return f"{name}; Python {platform.python_version()}, torch {torch.__version__}"
 
 

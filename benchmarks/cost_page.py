@@ -1,11 +1,11 @@
 """The page and the plots that `cost.py` and `scale.py` make of their figures."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cost_steps import CONTENDERS, LAZY
+from benchmarks.cost_steps import DEFAULT, LAZY
 
 Report = dict[str, Any]
 
@@ -25,6 +25,7 @@ WHAT = {
     "fresh, CG, lazy": f"`fresh`, `ConjugateGradient`, R1 + R2 every {LAZY}",
     "fused, CG, lazy": f"`fused`, `ConjugateGradient`, R1 + R2 every {LAZY}",
     "fresh, penalty every step": "`fresh`, R1 + R2 every step",
+    DEFAULT: f"`fresh`, metric `kronecker`, R1 + R2 every {LAZY}: what `gac train` does",
 }
 GOALS = (  # what, contender, base, goal
     ("`fused` to the textbook loop", "fused", "textbook", 0.67),
@@ -42,9 +43,9 @@ python -m benchmarks.cost
 
 GAC against the loops that people use, on the same networks and batches, the ways in turn within each round and the
 order shifted from round to round. A figure is the median over rounds of the ratio of two times of one round, in
-brackets the quartiles. On one thread CPU time, else wall-clock time. Optimizers are `torch.optim.Adam(foreach=True)`
-but G's where `ConjugateGradient` is named (rule `none`, metric `adam`). Written by the script; figures in
-[results/cost.json](results/cost.json).
+brackets the quartiles. On one thread of a CPU alone CPU time, else wall-clock time. Optimizers are
+`torch.optim.Adam(foreach=True)` but G's where `ConjugateGradient` is named (rule `none`, metric `adam`). Written by the
+script; figures in [results/cost.json](results/cost.json).
 
 **Operations** are those of matrix products and convolutions, counted as they run; their ratio is the floor that a ratio
 of times approaches as networks grow. In passes of one network over a batch (forward, backward to weights, to inputs):
@@ -53,8 +54,6 @@ pass to its inputs where these are data, so the floor depends on the networks. F
 and 3/4, G alone: the goal of .67 asks for a G that costs nothing, or for time saved beside the arithmetic.
 
 **Peak memory** is what tensors hold at the worst moment, networks, gradients and optimizer states among them.
-
-![Cost of a step in units of the textbook loop's](plots/cost.png)
 """
 NOTES = """## Reading
 
@@ -66,9 +65,15 @@ NOTES = """## Reading
   samples can be used again, where the textbook loop makes others.
 - With the penalty every fourth step GAC still carries a quarter of R1 and R2. The goal of half of R3GAN's step lies
   below the floor of both schedules on all three networks; `fresh` with no penalty at all has a floor of .50 to .57.
-- The default metric `kronecker` is not in these tables. In [QUALITY.md](QUALITY.md), where all methods took turns too,
-  it makes a step of GAC with the lazy penalty 1.36 times as long as `adam` does on small perceptrons (12.2 and 9.0 ms)
-  and 1.02 times on a small dcgan (41.9 and 40.9 ms).
+- On a large GPU a step of networks as small as these takes as long as the CPU takes to launch its kernels: 5 ms for
+  .4 G operations, which 16 bits do not shorten, and of which GAC's checks and choices are 5% (`fresh`) and 13 to 16%
+  (`fused`). As a CUDA graph the same steps are 5 to 10 times as fast, and GAC's are within 3% of the same by hand. A
+  step of GAC can be captured because it waits for nothing on the GPU (`tests/test_cuda.py`). To the textbook loop's
+  graph `fused` is then .72 to .85, to R3GAN's with the lazy penalty .52 to .73.
+- Memory on the GPU, and networks that fill it (the large ones of `benchmarks/cost.py`), are not measured yet.
+- On a CPU the default metric `kronecker` is not in these tables. In [QUALITY.md](QUALITY.md), where all methods took
+  turns too, it makes a step of GAC with the lazy penalty 1.36 times as long as `adam` does on small perceptrons (12.2
+  and 9.0 ms) and 1.02 times on a small dcgan (41.9 and 40.9 ms).
 """
 
 
@@ -80,21 +85,33 @@ def write(folder: Path) -> None:
     )
     (folder / "COST.md").write_text(page(report, scale))
     (folder / "plots").mkdir(exist_ok=True)
-    draw(report, folder / "plots" / "cost.png")
+    for device, found in report.items():
+        if cases := cases_of(found):
+            draw(list(cases.values()), folder / "plots" / plot_of(device))
     if "sweeps" in scale:
         draw_sweeps(scale["sweeps"], folder / "plots" / "scale.png")
+
+
+def cases_of(found: Report) -> dict[str, Report]:
+    return {name: case for name, case in found.items() if "operations" in case}
+
+
+def plot_of(device: str) -> str:
+    return f"cost-{device.replace(', ', '-')}.png"
 
 
 def page(report: Report, scale: Report) -> str:
     parts = [HEAD]
     for device, found in report.items():
-        cases = {name: case for name, case in found.items() if "operations" in case}
         parts.append(f"## {device}\n\n{found['machine']}.\n")
-        if cases:
+        if cases := cases_of(found):
+            parts.append(f"![Cost of a step in units of the textbook loop's](plots/{plot_of(device)})\n")
             parts.append(goals(cases))
         parts += [table(case) for case in cases.values()]
         if "compiled" in found:
             parts.append(compiled(found["compiled"]))
+        if "captured" in found:
+            parts.append(captured(found["captured"], device))
     return "\n".join([*parts, NOTES, *scaling(scale)])
 
 
@@ -109,7 +126,7 @@ def goals(cases: Mapping[str, Report]) -> str:
             floor = case["operations"][name] / case["operations"][base]
             cells.append(measured if floor == 1 else f"{measured}; floor {floor:.2f}")
         lines.append(f"| {what} | ≤ {goal} | " + " | ".join(cells) + " |")
-    for name in ("fresh", "fused"):
+    for name in ("fresh", "fused") if all("memory" in case for case in cases.values()) else ():
         shares = [figure(case["memory"][name] / case["memory"]["textbook"], 1.0) for case in cases.values()]
         lines.append(f"| peak memory of `{name}` to the textbook loop | ≤ 1 | " + " | ".join(shares) + " |")
     threads = " / ".join(next(iter(cases.values()))["times"])
@@ -122,27 +139,28 @@ def figure(value: float, goal: float) -> str:
 
 
 def table(case: Report) -> str:
-    threads = list(case["times"])
-    base = {"operations": case["operations"]["textbook"], "memory": case["memory"]["textbook"]}
+    threads, memory, textbook = list(case["times"]), case.get("memory", {}), case["operations"]["textbook"]
     seconds = ", ".join(f"{1e3 * case['times'][n]['textbook']['seconds']:.1f} ms, threads {n}" for n in threads)
+    held = f"{memory['textbook'] / 1e6:.1f} MB; " if memory else ""
     head = [
         "step",
         "operations",
         *(f"time, {n} thread{'s' * (n != '1')}" for n in threads),
         "time / operations",
-        "memory",
+        *(["memory"] if memory else []),
     ]
     lines = [
         f"### {case['title']}\n",
-        f"The textbook step: {base['operations'] / 1e9:.3g} G operations, {base['memory'] / 1e6:.1f} MB; {seconds}.\n",
+        f"The textbook step: {textbook / 1e9:.3g} G operations, {held}{seconds}.\n",
         "| " + " | ".join(head) + " |",
         "|---|" + "---|" * (len(head) - 1),
     ]
-    for name in CONTENDERS:
-        share = case["operations"][name] / base["operations"]
+    for name, operations in case["operations"].items():
+        share = operations / textbook
         times = [quartiles(case["times"][n][name]["textbook"]) for n in threads]
         above = case["times"][threads[0]][name]["textbook"][1] / share
-        cells = [WHAT[name], f"{share:.3f}", *times, f"{above:.2f}", f"{case['memory'][name] / base['memory']:.2f}"]
+        cells = [WHAT[name], f"{share:.3f}", *times, f"{above:.2f}"]
+        cells += [f"{memory[name] / memory['textbook']:.2f}"] if memory else []
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -162,6 +180,27 @@ def compiled(found: Report) -> str:
     for name, figures in found["times"].items():
         lines.append(f"| {name} | {quartiles(figures['textbook'])} | {found['first turn, seconds'][name]:.1f} |")
     return "\n".join(lines) + "\n"
+
+
+def captured(found: Sequence[Report], device: str) -> str:
+    """A table for each case; ratios are of median times, both as a graph."""
+    kind, dtype = device.split(", ")
+    lines = [
+        "### CUDA graphs\n",
+        f"`python -m benchmarks.cost --device {kind} --dtype {dtype} --graphs`: {LAZY} steps, from one penalty to the "
+        "next, as one graph, and the same step by step; Adam with `capturable=True` for both.\n",
+    ]
+    for case in found:
+        times = {name: 1e6 * figures["seconds"] for name, figures in case["times"].items()}
+        lines += [
+            f"| {case['title']} | step by step, µs | as a graph, µs | times as fast | to the textbook loop's graph |",
+            "|---|---|---|---|---|",
+        ]
+        for name, graph in ((name.removesuffix(", captured"), name) for name in times if name.endswith(", captured")):
+            ratios = f"{times[name] / times[graph]:.1f} | {times[graph] / times['textbook, captured']:.3f}"
+            lines.append(f"| {WHAT[name]} | {times[name]:,.0f} | {times[graph]:,.0f} | {ratios} |")
+        lines.append("")
+    return "\n".join(lines)
 
 
 SCALE_HEAD = """## How does it grow?
@@ -235,24 +274,22 @@ def paper(found: Report) -> str:
     return "\n".join(lines) + "\n"
 
 
-def draw(report: Report, file: Path) -> None:
+def draw(cases: Sequence[Report], file: Path) -> None:
     """For each case a bar for each contender, its floor as a mark."""
     import matplotlib as mpl
 
     mpl.use("agg")
     from matplotlib import pyplot as plt
 
-    cases = [case for found in report.values() for case in found.values() if "operations" in case]
     figure, axes = plt.subplots(
-        1, max(len(cases), 1), figsize=(1.8 + 4.4 * len(cases), 5.6), squeeze=False, sharey=True, layout="constrained"
+        1, len(cases), figsize=(1.8 + 4.4 * len(cases), 5.6), squeeze=False, sharey=True, layout="constrained"
     )
-    names = list(CONTENDERS)
-    for axis, case in zip(axes[0], cases, strict=False):
-        times = next(iter(case["times"].values()))
+    for axis, case in zip(axes[0], cases, strict=True):
+        names, times = list(case["operations"]), next(iter(case["times"].values()))
         middles = [times[name]["textbook"][1] for name in names]
         spread = [[abs(times[name]["textbook"][end] - times[name]["textbook"][1]) for name in names] for end in (0, 2)]
         floors = [case["operations"][name] / case["operations"]["textbook"] for name in names]
-        colours = ["#0072B2" if name.startswith(("fresh", "fused")) else "#B0B0B0" for name in names]
+        colours = ["#0072B2" if name.startswith(("fresh", "fused", DEFAULT)) else "#B0B0B0" for name in names]
         axis.barh(names, middles, xerr=spread, color=colours, error_kw={"elinewidth": 0.8, "ecolor": "#444444"})
         axis.scatter(floors, names, marker="|", s=120, color="#D55E00", zorder=3, label="counted operations")
         axis.axvline(1, color="#888888", linewidth=0.8)

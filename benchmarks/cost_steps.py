@@ -176,18 +176,19 @@ def flat_fused(game: Game) -> Step:
 # ---- GAC
 
 
-def gac(schedule: str, game: Game, interval: int = 0, conjugate: bool = False) -> Step:
+def gac(schedule: str, game: Game, interval: int = 0, conjugate: bool = False, metric: str = "adam") -> Step:
     """GAC through its public interface.
 
     Args:
         schedule: "fresh" or "fused".
         game: networks and optimizers.
         interval: of the penalty R1 + R2; 0 for none.
-        conjugate: `ConjugateGradient` with rule `none` and metric `adam` for G, in place of the game's optimizer.
+        conjugate: `ConjugateGradient` with rule `none` for G, in place of the game's optimizer.
+        metric: of it.
     """
     if conjugate:
         rate = game.optimizer_g.param_groups[0]["lr"]
-        game = replace(game, optimizer_g=ConjugateGradient(game.generator.parameters(), rate, "none", "adam"))
+        game = replace(game, optimizer_g=ConjugateGradient(game.generator.parameters(), rate, "none", metric))
     penalty = GradientPenalty(interval=interval) if interval else None
     networks = game.generator, game.discriminator, game.optimizer_g, game.optimizer_d
     return GAC(*networks, latent=game.latent, schedule=schedule, penalty=penalty).step
@@ -213,3 +214,10 @@ CONTENDERS: dict[str, Callable[[Game], Step]] = {
     "fused, CG, lazy": partial(gac, "fused", interval=LAZY, conjugate=True),
     "fresh, penalty every step": partial(gac, "fresh", interval=1),
 }
+
+DEFAULT = "default"
+"""What `gac train` does; apart from the others, since the metric's bases turn in every tenth step alone."""
+
+
+def default(game: Game) -> Step:
+    return gac("fresh", game, interval=LAZY, conjugate=True, metric="kronecker")

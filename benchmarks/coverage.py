@@ -2,12 +2,13 @@
 
     python -m benchmarks.coverage MNIST_FOLDER --work FOLDER
 
-writes results/coverage.json, COVERAGE.md and a plot, anew after each setting.
+writes results/coverage.json, COVERAGE.md and plots, anew after each setting.
 
 Every method has the same number of cells, tried on a seed of its own; the best cell is then run on the others. Runs are
 far shorter than the published ones. What is run, and how: coverage_runs.py.
 """
 
+import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -18,7 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from benchmarks.cells import Cells, new_figure, new_parser, table, workers, write_report
+from benchmarks.cells import Cells, add_device, new_figure, new_parser, save_plot, table, workers, write_report
 from benchmarks.coverage_runs import (
     AS_MADE,
     EMA,
@@ -77,11 +78,13 @@ def setting_lines(name: str, report: Mapping[str, Any]) -> list[str]:
     return [
         f"## {setting.title}",
         "",
-        f"Steps: {steps}; batch {setting.batch}; {report['samples']:,} samples. Smaller than published: "
+        f"Steps: {steps}; batch {setting.batch}; {report['samples']:,} samples{where(report)}. Smaller than published: "
         f"{setting.smaller}. Goal: at least {modes:g} modes, KL at most {kl:g}"
         + (f", at least {good:.0%} good samples." if good else "."),
         "",
         *table(("method", "modes", "KL", *of_mixtures, "runs at the goal", "CPU s of training"), rows),
+        "",
+        f"![Samples of the first seed](plots/coverage-{name}.png)",
         "",
         *(
             f"- {setting.contenders[one].title}: chosen {words(found['cell'])}. Tried: "
@@ -91,6 +94,12 @@ def setting_lines(name: str, report: Mapping[str, Any]) -> list[str]:
         ),
         "",
     ]
+
+
+def where(report: Mapping[str, Any]) -> str:
+    """The device that all methods of a setting were trained on, if not the CPU."""
+    device = report.get("device", "cpu")
+    return "" if device == "cpu" else f"; trained on one {device}, seconds are those of the CPU that feeds it"
 
 
 def stages_of(found: Mapping[str, Any]) -> list[str]:
@@ -141,8 +150,6 @@ def page(settings: Mapping[str, Any]) -> str:
         "that seed chose as well. Batch norm in D did not help the best of either. The textbook loop's cells, 4, 8, "
         "16 and 32 times the published rate, were found in 5 runs on it and 5 on the seed that the cells are tried on.",
         "",
-        "![Samples of the first seed](plots/coverage.png)",
-        "",
     ]
     for name in SETTINGS:
         lines += (
@@ -153,23 +160,18 @@ def page(settings: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def draw(settings: Mapping[str, Any]) -> Figure:
-    """Real samples and those of each method's first seed, a row for each setting."""
-    rows = []
-    for name, report in settings.items():
-        panels = [("real", report["real"].get("samples"))]
-        for contender, found in report["methods"].items():
-            title = SETTINGS[name].contenders[contender].title
-            panels += [(f"{title}\n{stage}", found["runs"][0][stage].get("samples")) for stage in stages_of(found)]
-        rows.append(panels)
-    figure, axes = new_figure(len(rows), max(map(len, rows)), 3.4, 3.6)
-    for axis in axes.flat:
+def draw(name: str, report: Mapping[str, Any]) -> Figure:
+    """Real samples of a setting and those of each method's first seed."""
+    panels = [("real", report["real"].get("samples"))]
+    for contender, found in report["methods"].items():
+        title = SETTINGS[name].contenders[contender].title
+        panels += [(f"{title}\n{stage}", found["runs"][0][stage].get("samples")) for stage in stages_of(found)]
+    figure, axes = new_figure(1, len(panels), 3.4, 3.6)
+    for axis, (title, samples) in zip(axes[0], panels, strict=True):
         axis.axis("off")
-    for name, panels, row in zip(settings, rows, axes, strict=True):
-        for axis, (title, samples) in zip(row, panels, strict=False):
-            axis.set_title(f"{name}: {title}")
-            if samples is not None:
-                show(axis, torch.tensor(samples), edge=1.25 * torch.tensor(panels[0][1]).abs().max().item())
+        axis.set_title(title)
+        if samples is not None:
+            show(axis, torch.tensor(samples), edge=1.25 * torch.tensor(panels[0][1]).abs().max().item())
     return figure
 
 
@@ -197,18 +199,21 @@ def without_samples(report: Mapping[str, Any]) -> dict[str, Any]:
 def main() -> None:
     parser = new_parser(__doc__, 10, SIZES)
     parser.add_argument("mnist", metavar="MNIST_FOLDER", help="MNIST in Hub layout")
-    parser.add_argument("--only", choices=SETTINGS, nargs="+", default=list(SETTINGS), help="these settings")
+    parser.add_argument(
+        "--only", choices=SETTINGS, nargs="+", default=list(SETTINGS), help="these settings; figures of the others stay"
+    )
+    add_device(parser)
     arguments = parser.parse_args()
-    settings: dict[str, Any] = {}
+    file = arguments.out / "results" / "coverage.json"
+    settings: dict[str, Any] = json.loads(file.read_text())["settings"] if file.exists() else {}
     with workers(arguments.processes) as pool:
         cells = Cells(arguments.work / "coverage", pool)
         for name in arguments.only:
             print(SETTINGS[name].title, flush=True)
-            settings[name] = measure(name, arguments.mnist, cells, arguments.seeds, SIZES[arguments.size])
-            kept = {one: without_samples(report) for one, report in settings.items()}
-            write_report(
-                arguments.out, "coverage", {"command": COMMAND, "settings": kept}, page(settings), draw(settings)
-            )
+            report = measure(name, arguments.mnist, cells, arguments.seeds, SIZES[arguments.size], arguments.device)
+            settings[name] = without_samples(report)
+            write_report(arguments.out, "coverage", {"command": COMMAND, "settings": settings}, page(settings))
+            save_plot(arguments.out, f"coverage-{name}", draw(name, report))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.cells import Cells
+from benchmarks.cells import Cells, place_of, suffix
 from benchmarks.peers import (
     LINEAR,
     PLAIN_GAME,
@@ -246,9 +246,17 @@ SIZES = {
 
 
 def run(
-    name: str, contender: str, folder: str, work: Path, cell: Cell, seed: int, steps: int, wanted: int
+    name: str,
+    contender: str,
+    folder: str,
+    work: Path,
+    cell: Cell,
+    seed: int,
+    steps: int,
+    wanted: int,
+    device: str = "cpu",
 ) -> dict[str, Any]:
-    """Train and count modes.
+    """Train on a device and count modes.
 
     Returns:
         CPU `seconds` of training, and of the samples `as made`, and `refined` where the setting wants it, what `judge`
@@ -258,18 +266,22 @@ def run(
     world, method = setting.world(work, folder), setting.contenders[contender]
     torch.manual_seed(seed)
     side = world.draw(1, torch.Generator()).shape[-1]
-    generator, discriminator = setting.generator(side), setting.discriminator(side, method.normalised)
+    generator, discriminator = (
+        setting.generator(side).to(device),
+        setting.discriminator(side, method.normalised).to(device),
+    )
     step = method.make(cell, steps)(generator, discriminator, cell["lr_g"], cell["lr_d"])
-    average, batches = RunningAverage(generator), real_batches(world, setting.batch, seed)
+    average, batches = RunningAverage(generator), real_batches(world, setting.batch, seed, device)
     start = time.process_time()
     for _ in range(steps):
         step(batches)
         average.update(generator, EMA)
     seconds = time.process_time() - start
-    latents = torch.randn(wanted, generator.nz, generator=torch.Generator().manual_seed(EVALUATION_SEED)).split(1000)
-    found = {"seconds": seconds, AS_MADE: figures_of(world, samples_of(average.network, latents))}
+    latents = torch.randn(wanted, generator.nz, generator=torch.Generator().manual_seed(EVALUATION_SEED))
+    parts = latents.to(device).split(1000)
+    found = {"seconds": seconds, AS_MADE: figures_of(world, samples_of(average.network, parts))}
     if setting.refinements:
-        refined = (refine(average.network, discriminator, z, setting.refinements) for z in latents)
+        refined = (refine(average.network, discriminator, z, setting.refinements) for z in parts)
         found[REFINED] = figures_of(world, samples_of(average.network, refined))
     return found
 
@@ -277,7 +289,7 @@ def run(
 @torch.no_grad()
 def samples_of(generator: nn.Module, latents: Iterable[Tensor]) -> Tensor:
     with evaluating(generator):
-        return torch.cat([generator(z) for z in latents])
+        return torch.cat([generator(z) for z in latents]).cpu()
 
 
 def figures_of(world: World, samples: Tensor) -> dict[str, Any]:
@@ -287,10 +299,10 @@ def figures_of(world: World, samples: Tensor) -> dict[str, Any]:
     return {**judge(world, samples), "samples": samples[: world.shown].tolist()}
 
 
-def real_batches(world: World, batch: int, seed: int) -> Iterator[Tensor]:
+def real_batches(world: World, batch: int, seed: int, device: str = "cpu") -> Iterator[Tensor]:
     random = torch.Generator().manual_seed(seed)
     while True:
-        yield world.draw(batch, random)
+        yield world.draw(batch, random).to(device)
 
 
 def judge(world: World, samples: Tensor) -> Figures:
@@ -327,32 +339,39 @@ def loss_of(figures: Mapping[str, float]) -> float:
 # ---- all runs
 
 
-def measure(name: str, folder: str, cells: Cells, seeds: int, size: Size) -> dict[str, Any]:
+def measure(name: str, folder: str, cells: Cells, seeds: int, size: Size, device: str = "cpu") -> dict[str, Any]:
     """Real samples, the tuning and the runs of every method in a setting."""
     setting = SETTINGS[name]
     count = round(size.samples * setting.samples)
     (real,) = cells.of({f"{name}/real-{count}": (judge_real, name, folder, cells.work, count)})
     found = {}
     for contender, method in setting.contenders.items():
-        common = (run, name, contender, folder, cells.work)
+        common, where = (run, name, contender, folder, cells.work), suffix(device)
         tuning, steps = method.times * size.tuning[name], method.times * size.steps[name]
         options = method.cells[: size.cells]
         tried = cells.of(
             {
-                f"{name}/{contender}-{told(cell)}-{tuning}-tuning": (*common, cell, TUNING_SEED, tuning, count)
+                f"{name}/{contender}-{told(cell)}-{tuning}-tuning{where}": (
+                    *common,
+                    cell,
+                    TUNING_SEED,
+                    tuning,
+                    count,
+                    device,
+                )
                 for cell in options
             }
         )
         cell = min(zip(options, tried, strict=True), key=lambda pair: loss_of(pair[1][AS_MADE]))[0]
         runs = cells.of(
             {
-                f"{name}/{contender}-{told(cell)}-{steps}-{seed}": (*common, cell, seed, steps, count)
+                f"{name}/{contender}-{told(cell)}-{steps}-{seed}{where}": (*common, cell, seed, steps, count, device)
                 for seed in range(min(seeds, setting.seeds))
             }
         )
         told_cells = [{"cell": one, **plain(made[AS_MADE])} for one, made in zip(options, tried, strict=True)]
         found[contender] = {"steps": steps, "cell": cell, "tried": told_cells, "runs": runs}
-    return {"real": real, "samples": count, "methods": found}
+    return {"real": real, "samples": count, "device": place_of(device), "methods": found}
 
 
 def told(cell: Cell) -> str:

@@ -55,7 +55,7 @@ class Game:
 
 
 def latents(generator: nn.Module, real: Tensor) -> Tensor:
-    return torch.randn(len(real), generator.nz)  # type: ignore[call-overload]
+    return torch.randn(len(real), generator.nz, device=real.device)  # type: ignore[call-overload]
 
 
 # ---- ways to move

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.cells import Cells
+from benchmarks.cells import Cells, place_of, suffix
 from benchmarks.peers import METHODS, Make
 from gac_plugin.training import Config
 from gac_plugin.training.data import Data, load_data
@@ -111,11 +111,13 @@ class Run:
         return time.process_time() - start
 
 
-def new_run(known: Yardstick, make: Make, lr_g: float, lr_d: float, seed: int, ema: float = EMA) -> Run:
+def new_run(
+    known: Yardstick, make: Make, lr_g: float, lr_d: float, seed: int, ema: float = EMA, device: str = "cpu"
+) -> Run:
     torch.manual_seed(seed)
-    generator, discriminator = known.recipe.generator(), known.recipe.discriminator()
+    generator, discriminator = (build().to(device) for build in (known.recipe.generator, known.recipe.discriminator))
     step = make(generator, discriminator, lr_g, lr_d)
-    run = Run(generator, discriminator, RunningAverage(generator), step, batches(known, seed), ema)
+    run = Run(generator, discriminator, RunningAverage(generator), step, batches(known, seed, device), ema)
 
     def count(*_: Any) -> None:
         run.gradients += 1
@@ -128,12 +130,12 @@ def new_run(known: Yardstick, make: Make, lr_g: float, lr_d: float, seed: int, e
     return run
 
 
-def batches(known: Yardstick, seed: int) -> Iterator[Tensor]:
+def batches(known: Yardstick, seed: int, device: str = "cpu") -> Iterator[Tensor]:
     """Real samples, drawn with repetition; the same for every method."""
     draw = torch.Generator().manual_seed(seed)
     while True:
         rows = torch.randint(len(known.data.train), (BATCH,), generator=draw)
-        yield known.data.codec.to_samples(known.data.train.read(rows).values)
+        yield known.data.codec.to_samples(known.data.train.read(rows).values.to(device))
 
 
 def learn(
@@ -145,16 +147,18 @@ def learn(
     steps: Sequence[int],
     samples: int,
     ema: float = EMA,
+    device: str = "cpu",
 ) -> dict[str, Any]:
-    """Train, and evaluate after each of the steps.
+    """Train on a device, and evaluate after each of the steps.
 
     Returns:
         `curve`: step, CPU seconds of training, gradients of D and Frechet distance at each, up to the first at which
         samples are not finite. `precision`, `recall`: at the end, if it was reached.
     """
     known, seconds, curve = yardstick(study, folder), 0.0, []
-    run = new_run(known, make, *rates, seed, ema)
+    run = new_run(known, make, *rates, seed, ema, device)
     latents = torch.randn(samples, run.generator.nz, generator=torch.Generator().manual_seed(EVALUATION_SEED))
+    latents = latents.to(device)
     ends: dict[str, float] = {}
     for number in range(1, steps[-1] + 1):
         seconds += run.advance()
@@ -162,7 +166,7 @@ def learn(
             network = run.average.network
             if not all(p.isfinite().all() for p in network.parameters()):
                 break
-            generated = known.features.of(render(network, known.data.codec, latents))
+            generated = known.features.of(render(network, known.data.codec, latents).cpu())
             frechet = frechet_distance(known.real, generated)
             curve.append({"step": number, "seconds": seconds, "gradients": run.gradients, "frechet": frechet})
             if number == steps[-1]:
@@ -171,17 +175,27 @@ def learn(
     return {"curve": curve, **ends}
 
 
-def try_cell(study: str, folder: str, name: str, rates: tuple[float, float], steps: int, samples: int) -> float | None:
+def try_cell(
+    study: str, folder: str, name: str, rates: tuple[float, float], steps: int, samples: int, device: str = "cpu"
+) -> float | None:
     """The Frechet distance that a cell of the grid ends with; None where it diverged."""
-    curve = learn(study, folder, METHODS[name].make_over(steps), rates, TUNING_SEED, [steps], samples)["curve"]
+    make = METHODS[name].make_over(steps)
+    curve = learn(study, folder, make, rates, TUNING_SEED, [steps], samples, device=device)["curve"]
     return curve[0]["frechet"] if curve else None
 
 
 def long_run(
-    study: str, folder: str, name: str, rates: tuple[float, float], seed: int, steps: int, size: Size
+    study: str,
+    folder: str,
+    name: str,
+    rates: tuple[float, float],
+    seed: int,
+    steps: int,
+    size: Size,
+    device: str = "cpu",
 ) -> dict[str, Any]:
     marks = [steps * number // size.evaluations for number in range(1, size.evaluations + 1)]
-    return learn(study, folder, METHODS[name].make_over(steps), rates, seed, marks, size.samples)
+    return learn(study, folder, METHODS[name].make_over(steps), rates, seed, marks, size.samples, device=device)
 
 
 def measure_pace(study: str, folder: str, names: Sequence[str], rounds: int) -> dict[str, float]:
@@ -215,13 +229,14 @@ def describe(study: str, folder: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Bench:
-    """A study with its data, its cells, its seeds and its size."""
+    """A study with its data, its cells, its seeds, its size, and the device that networks are trained on."""
 
     study: str
     folder: str
     cells: Cells
     seeds: Sequence[int]
     size: Size
+    device: str = "cpu"
 
     def prepare(self, names: Sequence[str]) -> dict[str, Any]:
         """What the features are, and the pace of all methods."""
@@ -239,14 +254,16 @@ class Bench:
         tuning, steps = self.size.tuning[self.study], self.size.steps[self.study]
         pairs = list(product(METHODS[name].rates[: self.size.rates], repeat=2))
         common = (self.study, self.folder, name)
+        where = suffix(self.device)
         grid = self.cells.of(
             {
-                f"{self.study}/grid/{name}-{g:g}-{d:g}-{tuning}": (
+                f"{self.study}/grid/{name}-{g:g}-{d:g}-{tuning}{where}": (
                     try_cell,
                     *common,
                     (g, d),
                     tuning,
                     self.size.samples,
+                    self.device,
                 )
                 for g, d in pairs
             }
@@ -254,16 +271,18 @@ class Bench:
         best = min(zip(pairs, grid, strict=True), key=lambda pair: math.inf if pair[1] is None else pair[1])[0]
         runs = self.cells.of(
             {
-                f"{self.study}/long/{name}-{best[0]:g}-{best[1]:g}-{steps}-{seed}": (
+                f"{self.study}/long/{name}-{best[0]:g}-{best[1]:g}-{steps}-{seed}{where}": (
                     long_run,
                     *common,
                     best,
                     seed,
                     steps,
                     self.size,
+                    self.device,
                 )
                 for seed in self.seeds
             }
         )
         cells = [{"lr_g": g, "lr_d": d, "frechet": frechet} for (g, d), frechet in zip(pairs, grid, strict=True)]
-        return {"tuning steps": tuning, "steps": steps, "best": best, "grid": cells, "runs": runs}
+        found = {"tuning steps": tuning, "steps": steps, "best": best, "grid": cells, "runs": runs}
+        return found if self.device == "cpu" else {**found, "device": place_of(self.device)}

@@ -37,7 +37,7 @@ SCRIPTS = (
         ("digits", "digits", *TINY),
         ("results/quality.json", "QUALITY.md", "plots/quality.png"),
     ),
-    Script("coverage", ("digits", *TINY), ("results/coverage.json", "COVERAGE.md", "plots/coverage.png")),
+    Script("coverage", ("digits", *TINY), ("results/coverage.json", "COVERAGE.md", "plots/coverage-hard.png")),
     Script(
         "ablation",
         (
@@ -57,7 +57,7 @@ SCRIPTS = (
     Script(
         "cost",
         ("--only", "mlp", "--rounds", "2", "--threads", "1", "--out", OUT),
-        ("results/cost.json", "COST.md", "plots/cost.png"),
+        ("results/cost.json", "COST.md", "plots/cost-cpu-float32.png"),
     ),
     Script("games", ("--out", OUT), ("results/games.json",)),
     Script("diagnostics", ("--rounds", "1"), ()),

@@ -86,6 +86,24 @@ def test_a_run_that_ended_early_has_failed():
     assert quality.finals(method) == [math.inf, math.inf]
 
 
+def test_methods_measured_before_stay_under_the_same_conditions_alone():
+    before = {"features": "a", "floor": 0.5, "samples": 10, "seeds": [0, 1], "methods": {"gac": {"best": 1}}}
+    assert quality.methods_of(before, {**before, "methods": {}}) == {"gac": {"best": 1}}
+    for what, value in (("features", "b"), ("floor", 0.6), ("samples", 11), ("seeds", [0])):
+        assert quality.methods_of(before, {**before, what: value}) == {}, what
+
+
+def test_what_was_trained_on_another_device_is_told():
+    found = {
+        "methods": {"textbook": {}, "gac": {"device": "One"}, "recipe": {"device": "Two"}, "r3gan": {"device": "One"}}
+    }
+    first, second, _ = quality.trained_elsewhere(found)
+    assert first.startswith("Trained on one One, ")
+    assert first.endswith(": GAC; R3GAN's recipe.")
+    assert second.startswith("Trained on one Two, ")
+    assert quality.trained_elsewhere({"methods": {"textbook": {}}}) == []
+
+
 GRADIENTS = {
     "textbook": 3,  # real, generated, and the generated ones of G's step
     "gac": 3 + 2 / 4,  # R1 and R2 in every fourth step
@@ -180,9 +198,8 @@ def test_stacked_digits_are_read_colour_by_colour():
 
 def test_sixteen_images_lie_in_rows_of_four():
     images = torch.linspace(-1, 1, 16)[:, None, None, None].expand(16, 3, 2, 3)
-    figure = coverage.draw(
-        {"stacked": {"real": {"samples": images.tolist()}, "methods": {"gac": {"runs": [{"as made": {"modes": 0}}]}}}}
-    )
+    methods = {"gac": {"runs": [{"as made": {"modes": 0}}]}}
+    figure = coverage.draw("stacked", {"real": {"samples": images.tolist()}, "methods": methods})
     real, empty = figure.axes
     sheet = real.images[0].get_array()
     assert sheet.shape == (8, 12, 3)
