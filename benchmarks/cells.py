@@ -84,7 +84,7 @@ def suffix(device: str) -> str:
 
 
 def name_of(device: str) -> str:
-    return torch.cuda.get_device_name() if device.startswith("cuda") else device
+    return torch.cuda.get_device_name(device) if device.startswith("cuda") else device
 
 
 def place_of(device: str) -> str:

@@ -16,6 +16,7 @@ space that a kernel takes for itself.
 """
 
 import argparse
+import gc
 import json
 import os
 import platform
@@ -42,7 +43,7 @@ from gac_plugin.protocols import Adapter
 from gac_plugin.training.files import write_json
 
 LATENT, SEED, WARM = 64, 0, 2
-BASES = ("textbook", "r3gan", "flat fresh", "flat fused")
+BASES = ("textbook", "r3gan", "flat fresh", "flat fused", "textbook, captured")
 COMPILED = ("textbook", "flat fresh", "fresh", "flat fused", "fused")
 CAPTURED = ("textbook", "r3gan", "flat fresh", "fresh", "flat fused", "fused", "fresh, lazy", "fused, lazy")
 
@@ -140,19 +141,24 @@ def wall() -> float:
     return time.perf_counter()
 
 
+def turns_of(steps: Mapping[str, Step], batches: Sequence[Tensor]) -> dict[str, Callable[[], None]]:
+    """A turn of each contender: a step on each batch."""
+    return {name: partial(run, step, batches) for name, step in steps.items()}
+
+
 def interleave(
-    steps: Mapping[str, Step], batches: Sequence[Tensor], rounds: int, clock: Callable[[], float]
+    turns: Mapping[str, Callable[[], None]], steps: int, rounds: int, clock: Callable[[], float]
 ) -> dict[str, list[float]]:
-    """Seconds a step of every contender, for each of the rounds that count."""
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    names = list(steps)
+    """Seconds a step of every contender, whose turns have so many steps, for each of the rounds that count."""
+    times: dict[str, list[float]] = {name: [] for name in turns}
+    names = list(turns)
     for number in range(rounds + WARM):
         first = number % len(names)
         for name in names[first:] + names[:first]:
             began = clock()
-            run(steps[name], batches)
+            turns[name]()
             if number >= WARM:
-                times[name].append((clock() - began) / len(batches))
+                times[name].append((clock() - began) / steps)
     return times
 
 
@@ -190,6 +196,7 @@ def count_operations(step: Step, batches: Sequence[Tensor]) -> int:
 def peak_memory(make_step: Callable[[], Step], batches: Sequence[Tensor]) -> int:
     """Bytes that tensors hold at the worst moment, from the making of the networks through a step on each batch."""
     if batches[0].is_cuda:
+        gc.collect()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         run(make_step(), batches)
@@ -218,13 +225,13 @@ def measure(case: Case, device: str, dtype: torch.dtype, threads: Sequence[int],
     game = make_game(case, device, dtype)
     steps = {name: contender(game) for name, contender in contenders.items()}
     for step in steps.values():
-        run(step, batches[:LAZY])
-    operations = {name: count_operations(step, batches[:LAZY]) / LAZY for name, step in steps.items()}
-    times = {}
+        run(step, batches)
+    operations = {name: count_operations(step, batches) / case.turn for name, step in steps.items()}
+    turns, times = turns_of(steps, batches), {}
     for number in threads:
         torch.set_num_threads(number)
         clock = time.process_time if (number, device) == (1, "cpu") else wall
-        times[str(number)] = summary(interleave(steps, batches, rounds, clock))
+        times[str(number)] = summary(interleave(turns, case.turn, rounds, clock))
         print(f"{number} threads\n{told(times[str(number)])}", flush=True)
     return {"title": case.title, "operations": operations, "memory": memory, "times": times}
 
@@ -244,7 +251,8 @@ def measure_compiled(case: Case, device: str, dtype: torch.dtype, rounds: int) -
         began = time.perf_counter()
         run(steps[title], batches)
         seconds[title] = time.perf_counter() - began
-    times = summary(interleave(steps, batches, rounds, time.process_time if device == "cpu" else wall))
+    clock = time.process_time if device == "cpu" else wall
+    times = summary(interleave(turns_of(steps, batches), case.turn, rounds, clock))
     print(f"{case.title}, compiled\n{told(times)}", flush=True)
     return {"title": case.title, "first turn, seconds": seconds, "times": times}
 
@@ -252,16 +260,13 @@ def measure_compiled(case: Case, device: str, dtype: torch.dtype, rounds: int) -
 def measure_captured(case: Case, device: str, dtype: torch.dtype, rounds: int) -> Report:
     """Some contenders step by step, and a turn of them as one CUDA graph, which launches all kernels at once."""
     torch.set_num_threads(1)
-    batches, turns = make_batches(case, LAZY, device, dtype), {}
-    for name in CAPTURED:
-        step = CONTENDERS[name](make_game(case, device, dtype, capturable=True))
-        turns[name] = partial(run, step, batches)
-        turns[f"{name}, captured"] = capture(turns[name]).replay
-    steps = {name: partial(replay, turn) for name, turn in turns.items()}
-    times = interleave(steps, batches[:1], rounds, wall)
-    of_a_step = {name: [seconds / LAZY for seconds in taken] for name, taken in times.items()}
-    print(f"{case.title}, captured\n{told(summary(of_a_step))}", flush=True)
-    return {"title": case.title, "times": summary(of_a_step)}
+    batches = make_batches(case, LAZY, device, dtype)
+    steps = {name: CONTENDERS[name](make_game(case, device, dtype, capturable=True)) for name in CAPTURED}
+    turns = turns_of(steps, batches)
+    turns |= {f"{name}, captured": capture(turn).replay for name, turn in turns.items()}
+    times = summary(interleave(turns, LAZY, rounds, wall))
+    print(f"{case.title}, captured\n{told(times)}", flush=True)
+    return {"title": case.title, "times": times}
 
 
 def capture(turn: Callable[[], None]) -> torch.cuda.CUDAGraph:
@@ -276,10 +281,6 @@ def capture(turn: Callable[[], None]) -> torch.cuda.CUDAGraph:
     with torch.cuda.graph(graph):
         turn()
     return graph
-
-
-def replay(turn: Callable[[], None], _: Tensor) -> None:
-    turn()
 
 
 def summary(times: Mapping[str, Sequence[float]]) -> Report:
@@ -332,7 +333,7 @@ def main() -> None:
         return
     if arguments.graphs:
         found["captured"] = [
-            measure_captured(cases[name], *place, arguments.rounds or cases[name].rounds) for name in CASES
+            measure_captured(cases[name], *place, arguments.rounds or CASES["mlp"].rounds) for name in CASES
         ]
         save(report, arguments.out)
         return

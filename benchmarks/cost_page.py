@@ -66,11 +66,14 @@ NOTES = """## Reading
 - With the penalty every fourth step GAC still carries a quarter of R1 and R2. The goal of half of R3GAN's step lies
   below the floor of both schedules on all three networks; `fresh` with no penalty at all has a floor of .50 to .57.
 - On a large GPU a step of networks as small as these takes as long as the CPU takes to launch its kernels: 5 ms for
-  .4 G operations, which 16 bits do not shorten, and of which GAC's checks and choices are 5% (`fresh`) and 13 to 16%
-  (`fused`). As a CUDA graph the same steps are 5 to 10 times as fast, and GAC's are within 3% of the same by hand. A
-  step of GAC can be captured because it waits for nothing on the GPU (`tests/test_cuda.py`). To the textbook loop's
-  graph `fused` is then .72 to .85, to R3GAN's with the lazy penalty .52 to .73.
-- Memory on the GPU, and networks that fill it (the large ones of `benchmarks/cost.py`), are not measured yet.
+  .4 G operations, which 16 bits do not shorten. Saved operations save nothing there, and what `fused` does beside the
+  arithmetic is 13 to 16% of its step (`fresh` 5%, which may be noise). As a CUDA graph GAC's steps are 5 to 10 times as
+  fast, 9 on the MLP also against the usual Adam's 4.7 ms, and within 3% of the same by hand. They can be captured
+  because they wait for nothing on the GPU (`tests/test_cuda.py`), if the optimizers can: `ConjugateGradient` cannot. To
+  the textbook loop's graph `fused` is then .72 to .85, to R3GAN's with the lazy penalty .52 to .73.
+- On the GPU only the MLP was measured in full. Networks that fill it (the large ones of `benchmarks/cost.py`) were not
+  yet, and memory was taken with the libraries' own in it, so it is left out. Operations are those of products and
+  convolutions alone: the metric's orthogonal bases (QR) are not among them.
 - On a CPU the default metric `kronecker` is not in these tables. In [QUALITY.md](QUALITY.md), where all methods took
   turns too, it makes a step of GAC with the lazy penalty 1.36 times as long as `adam` does on small perceptrons (12.2
   and 9.0 ms) and 1.02 times on a small dcgan (41.9 and 40.9 ms).
@@ -92,6 +95,12 @@ def write(folder: Path) -> None:
         draw_sweeps(scale["sweeps"], folder / "plots" / "scale.png")
 
 
+def command(device: str) -> str:
+    """How the figures of another device than the CPU are made."""
+    kind, dtype = device.split(", ")
+    return "" if kind == "cpu" else f"`python -m benchmarks.cost --device {kind} --dtype {dtype} --threads 1`"
+
+
 def cases_of(found: Report) -> dict[str, Report]:
     return {name: case for name, case in found.items() if "operations" in case}
 
@@ -103,7 +112,7 @@ def plot_of(device: str) -> str:
 def page(report: Report, scale: Report) -> str:
     parts = [HEAD]
     for device, found in report.items():
-        parts.append(f"## {device}\n\n{found['machine']}.\n")
+        parts.append(f"## {device}\n\n{found['machine']}. {command(device)}\n")
         if cases := cases_of(found):
             parts.append(f"![Cost of a step in units of the textbook loop's](plots/{plot_of(device)})\n")
             parts.append(goals(cases))
@@ -183,12 +192,13 @@ def compiled(found: Report) -> str:
 
 
 def captured(found: Sequence[Report], device: str) -> str:
-    """A table for each case; ratios are of median times, both as a graph."""
+    """A table for each case."""
     kind, dtype = device.split(", ")
     lines = [
         "### CUDA graphs\n",
         f"`python -m benchmarks.cost --device {kind} --dtype {dtype} --graphs`: {LAZY} steps, from one penalty to the "
-        "next, as one graph, and the same step by step; Adam with `capturable=True` for both.\n",
+        "next, as one graph, and the same step by step, with `Adam(capturable=True)` for both, which is slower step by "
+        "step than the usual one. The last column is the ratio of two median times.\n",
     ]
     for case in found:
         times = {name: 1e6 * figures["seconds"] for name, figures in case["times"].items()}

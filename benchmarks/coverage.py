@@ -78,8 +78,8 @@ def setting_lines(name: str, report: Mapping[str, Any]) -> list[str]:
     return [
         f"## {setting.title}",
         "",
-        f"Steps: {steps}; batch {setting.batch}; {report['samples']:,} samples{where(report)}. Smaller than published: "
-        f"{setting.smaller}. Goal: at least {modes:g} modes, KL at most {kl:g}"
+        f"Steps: {steps}; batch {setting.batch}; {report['samples']:,} samples.{elsewhere(name, report)} Smaller than "
+        f"published: {setting.smaller}. Goal: at least {modes:g} modes, KL at most {kl:g}"
         + (f", at least {good:.0%} good samples." if good else "."),
         "",
         *table(("method", "modes", "KL", *of_mixtures, "runs at the goal", "CPU s of training"), rows),
@@ -87,7 +87,7 @@ def setting_lines(name: str, report: Mapping[str, Any]) -> list[str]:
         f"![Samples of the first seed](plots/coverage-{name}.png)",
         "",
         *(
-            f"- {setting.contenders[one].title}: chosen {words(found['cell'])}. Tried: "
+            f"- {setting.contenders[one].title}: chosen {words(found['cell'])}{edge(found)}. Tried: "
             + "; ".join(f"{words(cell['cell'])}: {outcome(cell, planar)}" for cell in found["tried"])
             + "."
             for one, found in methods
@@ -96,10 +96,20 @@ def setting_lines(name: str, report: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def where(report: Mapping[str, Any]) -> str:
+def elsewhere(name: str, report: Mapping[str, Any]) -> str:
     """The device that all methods of a setting were trained on, if not the CPU."""
     device = report.get("device", "cpu")
-    return "" if device == "cpu" else f"; trained on one {device}, seconds are those of the CPU that feeds it"
+    if device == "cpu":
+        return ""
+    return f" Trained on one {device} (`--only {name} --device cuda`); seconds are those of the CPU that feeds it."
+
+
+def edge(found: Mapping[str, Any]) -> str:
+    """Whether a value that was chosen is the largest of several that were tried."""
+    most = {what: max(cell["cell"][what] for cell in found["tried"]) for what in found["cell"]}
+    least = {what: min(cell["cell"][what] for cell in found["tried"]) for what in found["cell"]}
+    at = [what for what, value in found["cell"].items() if value == most[what] > least[what]]
+    return f" ({', '.join(at)} the largest tried)" if at else ""
 
 
 def stages_of(found: Mapping[str, Any]) -> list[str]:

@@ -346,12 +346,12 @@ def measure(name: str, folder: str, cells: Cells, seeds: int, size: Size, device
     (real,) = cells.of({f"{name}/real-{count}": (judge_real, name, folder, cells.work, count)})
     found = {}
     for contender, method in setting.contenders.items():
-        common, where = (run, name, contender, folder, cells.work), suffix(device)
+        common, ending = (run, name, contender, folder, cells.work), suffix(device)
         tuning, steps = method.times * size.tuning[name], method.times * size.steps[name]
         options = method.cells[: size.cells]
         tried = cells.of(
             {
-                f"{name}/{contender}-{told(cell)}-{tuning}-tuning{where}": (
+                f"{name}/{contender}-{told(cell)}-{tuning}-tuning{ending}": (
                     *common,
                     cell,
                     TUNING_SEED,
@@ -365,7 +365,7 @@ def measure(name: str, folder: str, cells: Cells, seeds: int, size: Size, device
         cell = min(zip(options, tried, strict=True), key=lambda pair: loss_of(pair[1][AS_MADE]))[0]
         runs = cells.of(
             {
-                f"{name}/{contender}-{told(cell)}-{steps}-{seed}{where}": (*common, cell, seed, steps, count, device)
+                f"{name}/{contender}-{told(cell)}-{steps}-{seed}{ending}": (*common, cell, seed, steps, count, device)
                 for seed in range(min(seeds, setting.seeds))
             }
         )

@@ -304,10 +304,11 @@ def draw(studies: Mapping[str, Any]) -> Figure:
     return figure
 
 
-def methods_of(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+def methods_of(earlier: Mapping[str, Any], now: Mapping[str, Any], tuning: int, steps: int) -> dict[str, Any]:
     """What was measured before, if it was under the same conditions."""
     same = all(earlier[what] == now[what] for what in ("features", "floor", "samples", "seeds"))
-    return dict(earlier["methods"]) if same else {}
+    methods = earlier["methods"] if same else {}
+    return {name: one for name, one in methods.items() if (one["tuning steps"], one["steps"]) == (tuning, steps)}
 
 
 def main() -> None:
@@ -336,7 +337,7 @@ def main() -> None:
             bench = Bench(study, folders[study], cells, seeds, size, arguments.device)
             print(STUDIES[study].title, flush=True)
             report = bench.prepare(list(METHODS))
-            known = methods_of(studies.get(study, report), report)
+            known = methods_of(studies.get(study, report), report, size.tuning[study], size.steps[study])
             needed = [name for name in (TEXTBOOK, OURS) if name not in known]
             for name in dict.fromkeys((*needed, *arguments.methods)):
                 known[name] = bench.measure(name)

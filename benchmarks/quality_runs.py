@@ -254,10 +254,10 @@ class Bench:
         tuning, steps = self.size.tuning[self.study], self.size.steps[self.study]
         pairs = list(product(METHODS[name].rates[: self.size.rates], repeat=2))
         common = (self.study, self.folder, name)
-        where = suffix(self.device)
+        ending = suffix(self.device)
         grid = self.cells.of(
             {
-                f"{self.study}/grid/{name}-{g:g}-{d:g}-{tuning}{where}": (
+                f"{self.study}/grid/{name}-{g:g}-{d:g}-{tuning}{ending}": (
                     try_cell,
                     *common,
                     (g, d),
@@ -271,7 +271,7 @@ class Bench:
         best = min(zip(pairs, grid, strict=True), key=lambda pair: math.inf if pair[1] is None else pair[1])[0]
         runs = self.cells.of(
             {
-                f"{self.study}/long/{name}-{best[0]:g}-{best[1]:g}-{steps}-{seed}{where}": (
+                f"{self.study}/long/{name}-{best[0]:g}-{best[1]:g}-{steps}-{seed}{ending}": (
                     long_run,
                     *common,
                     best,

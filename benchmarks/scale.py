@@ -40,6 +40,7 @@ from benchmarks.cost import (
     make_game,
     ratio,
     run,
+    turns_of,
 )
 from benchmarks.cost_steps import CONTENDERS, LAZY, Game, Step
 from gac_plugin.training.files import write_json
@@ -77,7 +78,7 @@ def sweep(cases: list[Case], rounds: int | None) -> list[Report]:
         for step in steps.values():
             run(step, batches[:1])
         operations = {name: count_operations(step, batches[:1]) for name, step in steps.items()}
-        times = interleave(steps, batches, rounds or case.rounds, time.process_time)
+        times = interleave(turns_of(steps, batches), case.turn, rounds or case.rounds, time.process_time)
         sizes = {"batch": case.batch, "resolution": case.shape[1], "width": case.width}
         parameters = sum(p.numel() for network in (game.generator, game.discriminator) for p in network.parameters())
         found.append(

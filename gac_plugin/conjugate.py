@@ -239,7 +239,7 @@ class ConjugateGradient(torch.optim.Optimizer):
             What the closure returned, or None.
 
         Raises:
-            UsageError: a gradient is sparse.
+            UsageError: a gradient is sparse, or a CUDA graph is being captured.
         """
         loss = None
         if closure is not None:
@@ -249,6 +249,7 @@ class ConjugateGradient(torch.optim.Optimizer):
         blocks = [self._block(group, rule) for group in self.param_groups]
         blocks = [block for block in blocks if block.points]
         if blocks:
+            _refuse_capture(blocks[0].points[0])
             self.beta = conjugate_step(blocks, rule, self.param_groups[0]["beta_max"])
         return loss
 
@@ -265,6 +266,15 @@ class ConjugateGradient(torch.optim.Optimizer):
             if not self.state[parameter]:
                 self.state[parameter] = new_state(parameter, rule, metric)
         return Block(points, covectors, [self.state[parameter] for parameter in points], metric, group)
+
+
+def _refuse_capture(parameter: Tensor) -> None:
+    """A graph would repeat for ever what the metrics do in one step, whose number they count on the CPU."""
+    if parameter.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise UsageError(
+            "ConjugateGradient cannot be captured as a CUDA graph, since its metrics go by the number of the step; "
+            "capture with torch.optim.Adam(..., capturable=True), or step without a graph"
+        )
 
 
 def _metric_of(group: dict[str, Any]) -> Metric:

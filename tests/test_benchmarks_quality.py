@@ -87,10 +87,11 @@ def test_a_run_that_ended_early_has_failed():
 
 
 def test_methods_measured_before_stay_under_the_same_conditions_alone():
-    before = {"features": "a", "floor": 0.5, "samples": 10, "seeds": [0, 1], "methods": {"gac": {"best": 1}}}
-    assert quality.methods_of(before, {**before, "methods": {}}) == {"gac": {"best": 1}}
+    methods = {"gac": {"tuning steps": 2, "steps": 4}, "recipe": {"tuning steps": 2, "steps": 5}}
+    before = {"features": "a", "floor": 0.5, "samples": 10, "seeds": [0, 1], "methods": methods}
+    assert quality.methods_of(before, {**before, "methods": {}}, 2, 4) == {"gac": methods["gac"]}
     for what, value in (("features", "b"), ("floor", 0.6), ("samples", 11), ("seeds", [0])):
-        assert quality.methods_of(before, {**before, what: value}) == {}, what
+        assert quality.methods_of(before, {**before, what: value}, 2, 4) == {}, what
 
 
 def test_what_was_trained_on_another_device_is_told():
@@ -205,6 +206,14 @@ def test_sixteen_images_lie_in_rows_of_four():
     assert sheet.shape == (8, 12, 3)
     assert sheet[::2, ::3, 0].flatten().tolist() == pytest.approx([number / 15 for number in range(16)])
     assert not empty.images
+
+
+def test_the_page_tells_the_device_and_values_at_the_edge():
+    tried = [{"cell": {"lr_g": rate, "lr_d": 4.0, "gamma": gamma}} for rate in (1.0, 2.0) for gamma in (1.0, 3.0)]
+    assert coverage.edge({"cell": tried[1]["cell"], "tried": tried}) == " (gamma the largest tried)"
+    assert coverage.edge({"cell": tried[0]["cell"], "tried": tried}) == ""
+    assert coverage.elsewhere("ring", {}) == ""
+    assert coverage.elsewhere("ring", {"device": "One"}).startswith(" Trained on one One (`--only ring --device cuda`)")
 
 
 def test_published_sizes_of_networks():

@@ -4,6 +4,7 @@ import copy
 import io
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from sklearn.model_selection import train_test_split
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from gac_plugin import BETAS, METRICS, ConjugateGradient, UsageError
+from gac_plugin import BETAS, METRICS, ConjugateGradient, UsageError, conjugate
 
 DTYPES = [torch.float32, torch.float64]
 LR = {"identity": 0.02, "adam": 3e-3, "spectral": 0.02, "kronecker": 3e-3}
@@ -458,3 +459,10 @@ def test_a_strictly_concave_convex_saddle_is_reached_at_the_rate_of_theory(bend,
         (bend / 2 * x**2 + x * y - bend / 2 * y**2).backward()
         both.step()
         assert radius(x, y) == pytest.approx(factor**step, rel=1e-10)
+
+
+def test_a_cuda_graph_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(UsageError, match="cannot be captured as a CUDA graph"):
+        conjugate._refuse_capture(SimpleNamespace(is_cuda=True))
+    conjugate._refuse_capture(torch.zeros(1))

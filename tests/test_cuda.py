@@ -61,6 +61,8 @@ def test_a_step_waits_for_nothing(networks, schedule, rule, metric):
     gac.step(real)  # looks at values once, to refuse what cannot work
     try:
         torch.cuda.set_sync_debug_mode("error")
+        with pytest.raises(RuntimeError, match="synchronizing"):
+            real.sum().item()
         for _ in range(12):
             gac.step(real)
     finally:
