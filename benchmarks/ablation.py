@@ -4,11 +4,12 @@
 
 writes results/ablation.json, ABLATION.md and a plot.
 
-Everything starts from the defaults of `gac train`, and each rival changes one factor. Every rival, and the default, has
-the generator's rate tuned over as many values on a seed of its own. A rival is ahead if it is better than the default
-over 5 paired seeds by more than twice the standard error of the log ratio. Of so many rivals some are ahead by chance,
-and what wins a short run may lose a long one; so those ahead meet the default again in longer runs on other seeds, and
-only one that is ahead there too is the winner of its factor. Ties leave the default.
+Everything starts from the defaults of `gac train`, but for rates that stay as they are, and each rival changes one
+factor. Every rival, and the default, has the generator's rate tuned over as many values on a seed of its own. A rival
+is ahead if it is better than the default over 5 paired seeds by more than twice the standard error of the log ratio. Of
+so many rivals some are ahead by chance, and what wins a short run may lose a long one; so those ahead meet the default
+again in longer runs on other seeds, and only one that is ahead there too is the winner of its factor. Ties leave the
+default.
 """
 
 import math
@@ -215,7 +216,8 @@ def page(report: Mapping[str, Any], size: Size) -> str:
         "```",
         "",
         "MNIST, the networks and features of [QUALITY.md](QUALITY.md). Each line changes one factor of the defaults of "
-        f"`gac train`. Frechet distance at the end, medians over {report['seeds']} seeds; the default: "
+        "`gac train`, at constant rates: how these should fall in a run of full length is asked in "
+        f"[QUALITY.md](QUALITY.md). Frechet distance at the end, medians over {report['seeds']} seeds; the default: "
         f"{median_text(base['first'])} after {base['steps']:,} steps at rate {base['rate']:g} of G. A dearer step "
         "means fewer steps: the default's time is the measure. D's rate stays that of the defaults. Ratio: rival over "
         "default, geometric mean of paired seeds, and in brackets the factor of one standard error; below 1 the rival "

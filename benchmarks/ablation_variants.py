@@ -29,11 +29,13 @@ from gac_plugin.training.schedules import Schedule
 
 RATES = (2e-3, 4e-3, 8e-3)
 DEFAULT = "default"
+BASE = {"lr_schedule": "constant"}
+"""Rates stay as they are, for a short run says nothing of what they should do in a long one."""
 
 
 @dataclass(frozen=True)
 class Variant:
-    """The default recipe with one factor changed.
+    """The default recipe at constant rates, with one factor changed.
 
     Attributes:
         factor: what is changed, and to what (`value`), in words.
@@ -50,7 +52,7 @@ class Variant:
 
     @property
     def config(self) -> Config:
-        return Config(**self.settings)
+        return Config(**{**BASE, **self.settings})
 
     def recipe(self, steps: int) -> Make:
         return (self.make or recipe)(self.config, steps)

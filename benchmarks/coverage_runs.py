@@ -121,7 +121,7 @@ def penalised(cell: Cell, steps: int) -> Make:
 
 
 def our_recipe(metric: str | Metric, cell: Cell, steps: int) -> Make:
-    """`gac train --lr-schedule linear --penalty-schedule linear`, under a metric."""
+    """`gac train --penalty-schedule linear`, under a metric."""
 
     def make(generator: nn.Module, discriminator: nn.Module, lr_g: float, lr_d: float) -> Step:
         gac = GAC(

@@ -277,25 +277,27 @@ class Method:
         return self.make if self.falling_over is None else self.falling_over(steps)
 
 
-TEXTBOOK, OURS = "textbook", "gac"
+TEXTBOOK, OURS = "textbook", "gac-falling"
 METHODS: dict[str, Method] = {
     TEXTBOOK: Method(
         "textbook Adam",
         alternating(PLAIN_GAME, adam(0.5, 0.999), adam(0.5, 0.999)),
         about="BCE, log D, no penalty, Adam (0.5, 0.999), two draws (Radford et al. 2016)",
     ),
-    OURS: Method(
-        "GAC",
+    "gac": Method(
+        "GAC, constant rates",
         gac(),
-        about="the defaults: BCE, log D, R1 + R2 every 4th step, `fresh`, rule `none`, metric `kronecker` for G",
+        about="as GAC, rates that stay as they are",
     ),
     "adam-metric": Method(
-        "GAC, Adam's metric", gac(conjugate(metric="adam")), about="as GAC, metric `adam`: what the metric is worth"
+        "GAC, constant rates, Adam's metric",
+        gac(conjugate(metric="adam")),
+        about="constant rates, metric `adam`: what the metric is worth",
     ),
     "momentum": Method(
-        "GAC, constant momentum",
+        "GAC, constant rates and momentum",
         gac(conjugate(constant(0.5))),
-        about="as GAC, a constant beta of 0.5, momentum under the same metric, left out where d would not ascend",
+        about="constant rates, a beta of 0.5, momentum under the same metric, left out where d would not ascend",
     ),
     "recipe": Method(
         "our recipe, plain Adam",
@@ -344,7 +346,7 @@ def falling_gac(steps: int) -> Make:
 
 FALLING: dict[str, Callable[[int], Make]] = {
     TEXTBOOK: partial(falling_alternating, PLAIN_GAME, adam(0.5, 0.999)),
-    OURS: falling_gac,
+    "gac": falling_gac,
     "recipe": partial(falling_alternating, OUR_GAME, adam(0.0, 0.99)),
     "r3gan": partial(falling_alternating, R3_GAME, adam(0.0, 0.99)),
 }
@@ -357,3 +359,9 @@ METHODS |= {
     )
     for name, over in FALLING.items()
 }
+METHODS[OURS] = replace(
+    METHODS[OURS],
+    title="GAC",
+    about="the defaults: BCE, log D, R1 + R2 every 4th step, `fresh`, rule `none`, metric `kronecker` for G, and rates "
+    "that fall linearly to zero over the run",
+)

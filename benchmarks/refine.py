@@ -148,7 +148,7 @@ CONTENDERS = {
 
 
 def config(study: str, folder: str, seed: int = 0) -> Config:
-    trained = {"metric": "adam", "lr_generator": 2e-3, **STUDIES[study].settings}
+    trained = {"metric": "adam", "lr_generator": 2e-3, "lr_schedule": "constant", **STUDIES[study].settings}
     return Config(dataset=folder, seed=seed, cpu=True, evaluation_samples=0, memory=0.0, **trained)
 
 

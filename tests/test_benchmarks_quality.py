@@ -3,6 +3,7 @@
 import inspect
 import json
 import math
+import statistics
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -100,7 +101,7 @@ def test_what_was_trained_on_another_device_is_told():
     }
     first, second, _ = quality.trained_elsewhere(found)
     assert first.startswith("Trained on one One, ")
-    assert first.endswith(": GAC; R3GAN's recipe.")
+    assert first.endswith(": GAC, constant rates; R3GAN's recipe.")
     assert second.startswith("Trained on one Two, ")
     assert quality.trained_elsewhere({"methods": {"textbook": {}}}) == []
 
@@ -304,6 +305,17 @@ def test_the_defaults_are_what_won():
         assert getattr(Config(), name, "no such setting") == value, f"the ablation asks for {name} = {value!r}"
 
 
+def test_rates_fall_by_default_for_that_ended_better():
+    """In the runs of full length, on every data set."""
+    studies = results("quality")["studies"].values()
+    ends = [
+        [statistics.median(quality.finals(study["methods"][name])) for name in ("gac-falling", "gac")]
+        for study in studies
+    ]
+    assert len(ends) == 2
+    assert (Config().lr_schedule == "linear") == all(falling < constant for falling, constant in ends)
+
+
 def test_the_library_has_one_set_of_defaults():
     config = Config()
     strategy = inspect.signature(GAC).parameters
@@ -329,7 +341,8 @@ def test_the_length_of_a_gradient_is_the_optimizer_s_own():
 
 def test_variants_change_what_they_name():
     for name, variant in ablation_variants.VARIANTS.items():
-        changed = {key: value for key, value in variant.settings.items() if getattr(Config(), key) != value}
+        base = Config(**ablation_variants.BASE)
+        changed = {key: value for key, value in variant.settings.items() if getattr(base, key) != value}
         assert changed == dict(variant.settings), name
         assert bool(variant.settings or variant.make) == (name != ablation_variants.DEFAULT)
 

@@ -229,7 +229,7 @@ def test_every_command_in_the_documentation_can_be_parsed(line):
     ("options", "what"),
     [
         (["--rate", "1", "--proximity", "0"], "latents"),
-        (["--method", "dgflow-kl", "--rate", "20"], "latents"),
+        (["--method", "dgflow-kl", "--rate", "200"], "latents"),
         (["--space", "sample", "--rate", "1"], "samples"),
     ],
     ids=["latents", "a flow", "samples"],

@@ -153,8 +153,10 @@ def test_a_run_killed_after_its_checkpoint_goes_on_from_it_as_well(tmp_path):
 
 
 def test_a_run_can_be_made_longer(tmp_path):
-    whole = train(replace(RUN, log_every=8, output_dir=str(tmp_path / "whole")))
-    short = replace(RUN, log_every=8, steps=16, output_dir=str(tmp_path / "short"), sample_every=8)
+    """At constant rates; those that fall do so over the length of the run."""
+    run = replace(RUN, log_every=8, lr_schedule="constant")
+    whole = train(replace(run, output_dir=str(tmp_path / "whole")))
+    short = replace(run, steps=16, output_dir=str(tmp_path / "short"), sample_every=8)
     train(short)
     train(replace(short, steps=24, sample_every=12, resume="auto"))
     weights, records, _ = outcome(tmp_path / "short")
@@ -268,6 +270,7 @@ def test_the_exit_code_of_a_stopped_run(tmp_path, signal_at, number, code):
 def test_in_two_processes_as_well(tmp_path, later):
     """Interrupted and resumed against the whole run; loader workers, unlike a stream, may come in later."""
     arguments = ["--cpu", "--width", "16", "--batch-size", "16", "--evaluation-samples", "0", "--log-every", "8"]
+    arguments += ["--lr-schedule", "constant"]  # for a run that is made longer
 
     def launch(name: str, *more: str) -> Path:
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]

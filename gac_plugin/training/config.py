@@ -101,7 +101,7 @@ class Config:
     beta1: float = setting(0.0, "first-moment decay of torch's adam")
     beta2: float = setting(0.99, "second-moment decay of both optimizers")
     lr_schedule: str = setting(
-        "constant", "how both rates change over the run: constant, linear or cosine; cosine:0.1 ends at a tenth"
+        "linear", "how both rates change over the run: linear (to zero), cosine or constant; cosine:0.1 ends at a tenth"
     )
     warmup: int = setting(0, "steps over which both rates rise from 0")
     max_norm: float | None = setting(None, "bound on the norm of each network's gradient")
@@ -243,6 +243,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "optimizer": "adam",
         "lr_generator": 2e-4,
         "lr_discriminator": 2e-4,
+        "lr_schedule": "constant",
         "beta1": 0.5,
         "beta2": 0.999,
         "r1": 0.0,
@@ -255,12 +256,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         "batch_size": 16,
         "metric": "adam",
         "lr_generator": 1e-3,
-        "lr_schedule": "linear",
         "r1": 0.1,
         "r2": 0.1,
         "steps": 8_000,
     },
-    "text": {"metric": "adam", "lr_generator": 2e-3, "lr_schedule": "linear", "steps": 3_000},
+    "text": {"metric": "adam", "lr_generator": 2e-3, "steps": 3_000},
 }
 
 

@@ -315,7 +315,7 @@ SIGNS: tuple[Sign, ...] = (
         "the best came earlier",
         _best_came_earlier,
         "the best came earlier: the Frechet distance was {best:.4g} at step {step:.0f} and is {last:.4g}: stop there "
-        "(--until), or let the rates fall with --lr-schedule linear",
+        "(--until), lower --lr-generator and --lr-discriminator, or let them fall to zero (--lr-schedule linear)",
     ),
     Sign(
         "still improving",
