@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.cells import Cells, place_of, suffix
+from benchmarks.cells import HERE, Cells, place_of, suffix
 from benchmarks.peers import METHODS, Make
 from gac_plugin.training import Config
 from gac_plugin.training.data import Data, load_data
@@ -21,10 +21,13 @@ from gac_plugin.training.data.source import sample
 from gac_plugin.training.ema import RunningAverage
 from gac_plugin.training.generate import render
 from gac_plugin.training.judging.evaluate import Features, frechet_distance, make_features, precision_recall
+from gac_plugin.training.judging.features import fingerprint, kept_features
 from gac_plugin.training.networks import Recipe, choose_recipe
 
 TUNING_SEED, EVALUATION_SEED, PACE_SEED = 100, 1000, 99
 BATCH, EMA = 64, 0.995
+FEATURES = HERE / "results" / "features"
+"""The classifiers of the data sets that results were taken with, so that results of different machines compare."""
 TURN = 20
 """Steps in which all that recurs does so as often as in any others: penalties every 4th, turned bases every 10th."""
 
@@ -87,7 +90,9 @@ def yardstick(study: str, folder: str) -> Yardstick:
     config = Config(dataset=folder, adapter=settings.adapter, width=settings.width, cpu=True)
     data = load_data(config)
     recipe = choose_recipe(config, data.codec, data.adapter, 0)
-    features = make_features(sample(data.train, 60_000), data.test, 0, torch.device("cpu"))
+    train, device = sample(data.train, 60_000), torch.device("cpu")
+    kept = FEATURES / f"{fingerprint(train, 0)}.safetensors"
+    features = kept_features(kept, data.test, device) if kept.exists() else make_features(train, data.test, 0, device)
     return Yardstick(data, recipe, features, features.of(data.test.values))
 
 

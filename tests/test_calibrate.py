@@ -1,6 +1,7 @@
 """Calibration: the discriminator learns how far refinement has to go, and nothing else changes."""
 
 import copy
+import math
 from itertools import repeat
 
 import pytest
@@ -201,13 +202,19 @@ def test_the_logits_are_found_in_whatever_the_discriminator_returns(form, networ
         ({"decay": -0.1}, r"decay=-0\.1"),
         ({"rule": "pr"}, "unknown rule 'pr'"),
         ({"steps": -1}, "steps=-1"),
-        ({"learning_rate": 1e300}, r"not finite any more: lower the learning_rate, which is 1e\+300"),
     ],
     ids=str,
 )
 def test_arguments_out_of_range_are_refused_with_their_value(wrong, message, networks, batches):
     with pytest.raises(UsageError, match=message):
         calibrate(*networks, batches, **{"updates": 4, **wrong})
+
+
+def test_weights_that_are_not_finite_any_more_are_refused(networks, batches):
+    (real, z, conditions), *rest = batches
+    spoiled = [(real * math.nan, z, conditions), *rest]
+    with pytest.raises(UsageError, match=r"not finite any more: lower the learning_rate, which is 0\.01"):
+        calibrate(*networks, spoiled, 2, learning_rate=0.01)
 
 
 def test_a_discriminator_that_may_not_be_trained_is_refused(networks, batches):

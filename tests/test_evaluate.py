@@ -200,6 +200,19 @@ def test_labelled_data_give_a_classifier_s_features_the_same_each_time(monkeypat
     assert trained.name == cached.name
 
 
+def test_a_kept_classifier_gives_its_features_on_another_machine(monkeypatch, tmp_path):
+    train, test = digits()
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path))
+    monkeypatch.setattr(features_module, "_learn", partial(features_module._learn, steps=20))
+    trained = make_features(train, test, seed=3, device=CPU)
+    (file,) = (tmp_path / "gac-plugin").iterdir()
+    assert file.stem == features_module.fingerprint(train, 3)
+    kept = features_module.kept_features(file, test, CPU)
+    assert torch.equal(kept.extract(test.values), trained.extract(test.values))
+    assert torch.equal(kept.classify(kept.extract(test.values)), trained.classify(trained.extract(test.values)))
+    assert (kept.name, kept.accuracy) == (trained.name, trained.accuracy)
+
+
 def test_a_cached_classifier_is_of_its_data_and_seed_and_whole(monkeypatch, tmp_path):
     train, test = digits()
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path))

@@ -118,13 +118,34 @@ def _has_classes(train: Decoded, test: Decoded) -> bool:
 def _classifier(model: str, train: Decoded, test: Decoded, seed: int, device: torch.device, size: int = 64) -> Features:
     if not _has_classes(train, test):
         raise UsageError("features 'classifier' need class labels, and the data set has none; pass --features pixels")
+    path = Path(datasets.config.HF_DATASETS_CACHE) / "gac-plugin" / f"{fingerprint(train, seed)}.safetensors"
+    return _features_of(_trained(train, seed, device, size, path), test, device)
+
+
+def kept_features(file: Path, test: Decoded, device: torch.device) -> Features:
+    """The features of a classifier out of the cache of this machine or of another.
+
+    The same training ends elsewhere on another processor, and distances in two classifiers' features do not compare.
+
+    Args:
+        file: its weights, safetensors.
+        test: pictures with labels, that its accuracy is measured on.
+        device: where to compute.
+    """
+    weights = load_file(file)
+    (_, inputs), (classes, size) = weights["1.weight"].shape, weights["5.weight"].shape
+    network = _new_classifier(inputs, size, classes)
+    network.load_state_dict(weights)
+    return _features_of(network.to(device), test, device)
+
+
+def _features_of(network: nn.Sequential, test: Decoded, device: torch.device) -> Features:
     assert test.labels is not None
-    path = Path(datasets.config.HF_DATASETS_CACHE) / "gac-plugin" / f"{_fingerprint(train, seed)}.safetensors"
-    network = _trained(train, seed, device, size, path).requires_grad_(False)
-    body, head = network[:-1], network[-1]
+    body, head = network.requires_grad_(False)[:-1], network[-1]
     guesses = torch.cat([network(_unit(part.to(device))).argmax(1).cpu() for part in test.values.split(CHUNK)])
     accuracy = float((guesses == test.labels).float().mean())
-    name = f"{size} features of a classifier trained on this data set (accuracy {accuracy:.1%} on {test.split!r})"
+    size, split = head.in_features, test.split
+    name = f"{size} features of a classifier trained on this data set (accuracy {accuracy:.1%} on {split!r})"
     return Features(name, lambda pixels: body(_unit(pixels)), lambda vectors: head(vectors).argmax(1), accuracy)
 
 
@@ -134,9 +155,7 @@ def _trained(train: Decoded, seed: int, device: torch.device, size: int, path: P
         torch.manual_seed(seed)
         assert train.labels is not None
         inputs, classes = train.values[0].numel(), int(train.labels.max()) + 1
-        network = nn.Sequential(
-            nn.Flatten(), nn.Linear(inputs, 256), nn.ReLU(), nn.Linear(256, size), nn.ReLU(), nn.Linear(size, classes)
-        )
+        network = _new_classifier(inputs, size, classes)
         cached = _weights(path)
         if {name: tensor.shape for name, tensor in cached.items()} == {
             name: tensor.shape for name, tensor in network.state_dict().items()
@@ -148,6 +167,12 @@ def _trained(train: Decoded, seed: int, device: torch.device, size: int, path: P
     with suppress(UsageError):  # a cache that cannot be written is none
         write_whole(path, lambda temporary: save_file(weights, temporary))
     return network
+
+
+def _new_classifier(inputs: int, size: int, classes: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(inputs, 256), nn.ReLU(), nn.Linear(256, size), nn.ReLU(), nn.Linear(size, classes)
+    )
 
 
 def _weights(path: Path) -> dict[str, Tensor]:
@@ -172,7 +197,7 @@ def _learn(
         schedule.step()
 
 
-def _fingerprint(train: Decoded, seed: int) -> str:
+def fingerprint(train: Decoded, seed: int) -> str:
     """What tells the classifier of these samples and this seed from any other."""
     found = hashlib.sha256(f"classifier {FORMAT} {seed} {tuple(train.values.shape)}".encode())
     for part in train.values.split(CHUNK):
