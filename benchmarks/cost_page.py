@@ -75,8 +75,8 @@ NOTES = """## Reading
   yet, and memory was taken with the libraries' own in it, so it is left out. Operations are those of products and
   convolutions alone: the metric's orthogonal bases (QR) are not among them.
 - On a CPU the default metric `kronecker` is not in these tables. In [QUALITY.md](QUALITY.md), where all methods took
-  turns too, it makes a step of GAC with the lazy penalty 1.36 times as long as `adam` does on small perceptrons (12.2
-  and 9.0 ms) and 1.02 times on a small dcgan (41.9 and 40.9 ms).
+  turns too, it makes a step of GAC with the lazy penalty 1.30 times as long as `adam` does on small perceptrons (10.3
+  and 7.9 ms) and 1.03 times on a small dcgan (42.6 and 41.3 ms).
 """
 
 
