@@ -1,6 +1,7 @@
 """What does a training step cost? GAC against the loops that people use, and against its own arithmetic in a flat loop.
 
     python -m benchmarks.cost                                       about 16 minutes
+    python -m benchmarks.cost --default                             about five
     python -m benchmarks.cost --device cuda --dtype bfloat16        about two, with larger networks as well
     python -m benchmarks.cost --device cuda --graphs                half a minute
 
@@ -43,6 +44,7 @@ from gac_plugin.protocols import Adapter
 from gac_plugin.training.files import write_json
 
 LATENT, SEED, WARM = 64, 0, 2
+PEOPLE = ("textbook", "dcgan example", "r3gan")
 BASES = ("textbook", "r3gan", "flat fresh", "flat fused", "textbook, captured")
 COMPILED = ("textbook", "flat fresh", "fresh", "flat fused", "fused")
 CAPTURED = ("textbook", "r3gan", "flat fresh", "fresh", "flat fused", "fused", "fresh, lazy", "fused, lazy")
@@ -97,7 +99,10 @@ def cases_on(device: str) -> dict[str, Case]:
     return CASES if device == "cpu" else ON_ACCELERATOR
 
 
-def contenders_on(device: str) -> dict[str, Callable[[Game], Step]]:
+Contenders = Mapping[str, Callable[[Game], Step]]
+
+
+def contenders_on(device: str) -> Contenders:
     return CONTENDERS if device == "cpu" else {**CONTENDERS, DEFAULT: default}
 
 
@@ -212,10 +217,12 @@ def peak_memory(make_step: Callable[[], Step], batches: Sequence[Tensor]) -> int
 # ---- all of it
 
 
-def measure(case: Case, device: str, dtype: torch.dtype, threads: Sequence[int], rounds: int) -> Report:
+def measure(
+    case: Case, contenders: Contenders, device: str, dtype: torch.dtype, threads: Sequence[int], rounds: int
+) -> Report:
     """Operations a step, peak memory, and times by the number of threads, of all contenders."""
     print(case.title, flush=True)
-    batches, contenders = make_batches(case, case.turn, device, dtype), contenders_on(device)
+    batches = make_batches(case, case.turn, device, dtype)
     for contender in contenders.values():  # the libraries' own memory, which is taken at first use, is nobody's
         run(start(contender, case, device, dtype), batches[:1])
     memory = {
@@ -239,6 +246,13 @@ def measure(case: Case, device: str, dtype: torch.dtype, threads: Sequence[int],
 def start(contender: Callable[[Game], Step], case: Case, device: str, dtype: torch.dtype) -> Step:
     """A contender's step with networks of its own."""
     return contender(make_game(case, device, dtype))
+
+
+def measure_default(case: Case, device: str, dtype: torch.dtype, rounds: int | None) -> Report:
+    """What `gac train` does beside what people do, on one thread, in turns in which the metric has all that recurs."""
+    contenders = {**{name: CONTENDERS[name] for name in PEOPLE}, DEFAULT: default}
+    whole = replace(case, turn=5 * LAZY, rounds=case.rounds // 2)
+    return measure(whole, contenders, device, dtype, [1], rounds or whole.rounds)
 
 
 def measure_compiled(case: Case, device: str, dtype: torch.dtype, rounds: int) -> Report:
@@ -318,6 +332,7 @@ def main() -> None:
     parser.add_argument(
         "--threads", type=int, nargs="+", default=[1, 2], metavar="N", help="(default: 1 2); others stay"
     )
+    parser.add_argument("--default", action="store_true", help="only this: what `gac train` does, on one thread")
     parser.add_argument("--compile", action="store_true", help="only this: torch.compile on the MLP's networks")
     parser.add_argument("--graphs", action="store_true", help="only this: CUDA graphs of the small networks' steps")
     add_out(parser)
@@ -327,6 +342,10 @@ def main() -> None:
     found = report.setdefault(f"{arguments.device}, {arguments.dtype}", {})
     found["machine"] = machine(arguments.device)
     cases, place = cases_on(arguments.device), (arguments.device, dtype)
+    if arguments.default:
+        found["default"] = [measure_default(cases[name], *place, arguments.rounds) for name in CASES]
+        save(report, arguments.out)
+        return
     if arguments.compile:
         found["compiled"] = measure_compiled(cases["mlp"], *place, arguments.rounds or cases["mlp"].rounds)
         save(report, arguments.out)
@@ -341,7 +360,8 @@ def main() -> None:
         parser.error(f"{arguments.only!r} is measured on accelerators alone; on the CPU there are {', '.join(cases)}")
     for name in [arguments.only] if arguments.only else cases:
         case = cases[name]
-        measured = measure(case, arguments.device, dtype, arguments.threads, arguments.rounds or case.rounds)
+        rounds = arguments.rounds or case.rounds
+        measured = measure(case, contenders_on(arguments.device), *place, arguments.threads, rounds)
         measured["times"] = {**found.get(name, {}).get("times", {}), **measured["times"]}
         found[name] = measured
         save(report, arguments.out)

@@ -117,6 +117,8 @@ def page(report: Report, scale: Report) -> str:
             parts.append(f"![Cost of a step in units of the textbook loop's](plots/{plot_of(device)})\n")
             parts.append(goals(cases))
         parts += [table(case) for case in cases.values()]
+        if "default" in found:
+            parts.append(default(found["default"]))
         if "compiled" in found:
             parts.append(compiled(found["compiled"]))
         if "captured" in found:
@@ -177,6 +179,23 @@ def table(case: Report) -> str:
 def quartiles(values: tuple[float, float, float]) -> str:
     low, middle, high = values
     return f"{middle:.3f} ({low:.3f} to {high:.3f})"
+
+
+def default(found: Sequence[Report]) -> str:
+    """A row for each contender of each case."""
+    lines = [
+        "### What `gac train` does\n",
+        "`python -m benchmarks.cost --default`: one thread. All in units of the textbook loop's.\n",
+        "| networks | step | time | operations | peak memory |",
+        "|---|---|---|---|---|",
+    ]
+    for case in found:
+        times, operations, memory = case["times"]["1"], case["operations"], case["memory"]
+        for name in list(operations)[1:]:
+            shares = (f"{figures[name] / figures['textbook']:.2f}" for figures in (operations, memory))
+            cells = case["title"], WHAT[name], quartiles(times[name]["textbook"]), *shares
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
 
 
 def compiled(found: Report) -> str:

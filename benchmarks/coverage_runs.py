@@ -101,22 +101,10 @@ def textbook(betas: tuple[float, float] | None, cell: Cell, steps: int) -> Make:
     return falling_alternating(PLAIN_GAME, adam(*(betas or (cell["beta1"], 0.999))), steps)
 
 
-@dataclass(frozen=True)
-class FallingGame(Game):
-    """The penalty falls linearly to zero over so many steps."""
-
-    steps: int = 1
-
-    def of_discriminator(self, discriminator: nn.Module, real: Tensor, fake: Tensor, number: int) -> Tensor:
-        assert self.penalty is not None
-        factor = LINEAR.factor(number + 1, self.steps)
-        penalty = GradientPenalty(factor * self.penalty.r1, factor * self.penalty.r2)
-        return Game(self.loss, penalty).of_discriminator(discriminator, real, fake, number)
-
-
 def penalised(cell: Cell, steps: int) -> Make:
-    """`our_recipe` without GAC: textbook order, two draws, plain Adam for both networks."""
-    game = FallingGame(LOSSES["bce"], GradientPenalty(cell["gamma"], cell["gamma"]), steps)
+    """`our_recipe` without GAC: textbook order, two draws, plain Adam for both networks; the penalty falls as there."""
+    penalty = GradientPenalty(cell["gamma"], cell["gamma"])
+    game = Game(LOSSES["bce"], penalty, lambda number: LINEAR.factor(number + 1, steps))
     return falling_alternating(game, adam(0.0, 0.99), steps)
 
 

@@ -296,10 +296,10 @@ def page(report: Mapping[str, Any]) -> str:
         "",
         "## In the training loop",
         "",
-        "`gac train` with its default recipe, MNIST with `mlp`, CIFAR-10 with `dcgan`. The wait is the time in which "
-        "the loop asks for its next batch, the step all of the time from one batch to the next. What reads beside the "
-        "loop, a stream's thread or workers, takes processor time from the step, which the wait does not show: compare "
-        "the steps as well.",
+        "`gac train` with its default recipe but metric `adam`, MNIST with `mlp`, CIFAR-10 with `dcgan`. The wait is "
+        "the time in which the loop asks for its next batch, the step all of the time from one batch to the next. What "
+        "reads beside the loop, a stream's thread or workers, takes processor time from the step, which the wait does "
+        "not show: compare the steps as well.",
         "",
         "| recipe | feed | step, ms | wait, ms | wait / step |",
         "|---|---|---|---|---|",

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import SGD, Adam, Optimizer
+from torch.optim import Adam, Optimizer
 
 from gac_plugin import GAC, LOSSES, BetaRule, ConjugateGradient, GradientPenalty, Loss
 from gac_plugin.penalties import logit_gradient
@@ -29,10 +29,17 @@ MakeOptimizer = Callable[[Iterable[Tensor], float], Optimizer]
 
 @dataclass(frozen=True)
 class Game:
-    """What the two networks minimise, as in the papers and without GAC's own code."""
+    """What the two networks minimise, as in the papers and without GAC's own code.
+
+    Attributes:
+        loss: of both networks.
+        penalty: on D.
+        share: of the penalty's weight at a step counted from 0.
+    """
 
     loss: Loss
     penalty: GradientPenalty | None = None
+    share: Callable[[int], float] = lambda number: 1.0
 
     def of_discriminator(self, discriminator: nn.Module, real: Tensor, fake: Tensor, number: int) -> Tensor:
         """D's mean loss at its step `number`, with the penalty where it is due; no graph back to G."""
@@ -42,7 +49,8 @@ class Game:
         loss = self.loss.discriminator(real_logits, fake_logits).mean()
         if penalty is None:
             return loss
-        return loss + penalty.of(logit_gradient(real_logits, real), logit_gradient(fake_logits, fake))
+        slopes = logit_gradient(real_logits, real), logit_gradient(fake_logits, fake)
+        return loss + self.share(number) * penalty.of(*slopes)
 
     def of_generator(self, discriminator: nn.Module, real: Tensor, fake: Tensor) -> Tensor:
         """G's mean loss."""
@@ -61,8 +69,13 @@ def latents(generator: nn.Module, real: Tensor) -> Tensor:
 # ---- ways to move
 
 
-def alternating(game: Game, optimizer_g: MakeOptimizer, optimizer_d: MakeOptimizer) -> Make:
-    """The textbook loop: D on one draw, then G on another; D's gradients in G's step are computed and thrown away."""
+def alternating(game: Game, optimizer_g: MakeOptimizer, optimizer_d: MakeOptimizer, frozen: bool = False) -> Make:
+    """The textbook loop: D on one draw, then G on another.
+
+    Args:
+        game, optimizer_g, optimizer_d: what moves, and how.
+        frozen: D's parameters get no gradients in G's step, in which the textbook computes them and throws them away.
+    """
 
     def make(generator: nn.Module, discriminator: nn.Module, lr_g: float, lr_d: float) -> Step:
         of_g, of_d = optimizer_g(generator.parameters(), lr_g), optimizer_d(discriminator.parameters(), lr_d)
@@ -72,7 +85,9 @@ def alternating(game: Game, optimizer_g: MakeOptimizer, optimizer_d: MakeOptimiz
             real = next(batches)
             fake = generator(latents(generator, real)).detach()
             descend(of_d, game.of_discriminator(discriminator, real, fake, next(numbers)))
+            discriminator.requires_grad_(not frozen)
             descend(of_g, game.of_generator(discriminator, real, generator(latents(generator, real))))
+            discriminator.requires_grad_(True)
 
         return step
 
@@ -214,25 +229,32 @@ def optimistic_adam(beta1: float, beta2: float) -> MakeOptimizer:
     return lambda parameters, lr: OptimisticAdam(parameters, lr, betas=(beta1, beta2))
 
 
-def heavy_ball(parameters: Iterable[Tensor], lr: float) -> Optimizer:
-    return SGD(parameters, lr, momentum=0.9)
+def changing(make_optimizer: MakeOptimizer, settings: Callable[[float, int], dict[str, Any]]) -> MakeOptimizer:
+    """What an optimizer is set to changes from step to step.
+
+    Args:
+        make_optimizer: parameters, lr -> the optimizer.
+        settings: lr, number of a step counted from 1 -> the settings of that step.
+    """
+
+    def make(parameters: Iterable[Tensor], lr: float) -> Optimizer:
+        optimizer, numbers = make_optimizer(parameters, lr), count(1)
+
+        def set_next(*_: Any) -> None:
+            changed = settings(lr, next(numbers))
+            for group in optimizer.param_groups:
+                group.update(changed)
+
+        set_next()
+        optimizer.register_step_post_hook(set_next)
+        return optimizer
+
+    return make
 
 
 def falling(make_optimizer: MakeOptimizer, schedule: Schedule, steps: int) -> MakeOptimizer:
     """The rate follows a schedule over so many steps."""
-
-    def make(parameters: Iterable[Tensor], lr: float) -> Optimizer:
-        optimizer, numbers = make_optimizer(parameters, lr), count(2)
-
-        def set_next_rate(*_: Any) -> None:
-            rate = lr * schedule.factor(next(numbers), steps)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-
-        optimizer.register_step_post_hook(set_next_rate)
-        return optimizer
-
-    return make
+    return changing(make_optimizer, lambda lr, number: {"lr": lr * schedule.factor(number, steps)})
 
 
 LINEAR = Schedule("linear", 0.0)
@@ -244,6 +266,23 @@ def falling_alternating(game: Game, make_optimizer: MakeOptimizer, steps: int) -
     return alternating(game, optimizer, optimizer)
 
 
+def r3gan_preset(steps: int) -> Make:
+    """What R3GAN's preset for CIFAR-10 changes over a run: all by a cosine, f falling from 1 to 0.
+
+    gamma = .05 (.1 + .9 f)    rates times .25 + .75 f    beta2 = .99 - .09 f
+    """
+    fall = Schedule("cosine", 0.0)
+
+    def settings(lr: float, number: int) -> dict[str, Any]:
+        left = fall.factor(number, steps)
+        return {"lr": lr * (0.25 + 0.75 * left), "betas": (0.0, 0.99 - 0.09 * left)}
+
+    penalty = GradientPenalty(r1=0.05, r2=0.05, interval=1)
+    game = Game(LOSSES["relativistic"], penalty, lambda number: 0.1 + 0.9 * fall.factor(number + 1, steps))
+    optimizer = changing(adam(0.0, 0.9), settings)
+    return alternating(game, optimizer, optimizer, frozen=True)
+
+
 # ---- the table
 
 
@@ -251,7 +290,7 @@ PLAIN_GAME = Game(LOSSES["bce"])
 OUR_GAME = Game(LOSSES["bce"], GradientPenalty())
 R3_GAME = Game(LOSSES["relativistic"], GradientPenalty(interval=1))
 SCALED = (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3)
-UNSCALED = (0.003, 0.01, 0.03, 0.1, 0.3)
+UNSCALED, UNSCALED_D = (0.003, 0.01, 0.03, 0.1, 0.3), (0.001, 0.003, 0.01, 0.03, 0.1)
 
 
 @dataclass(frozen=True)
@@ -262,6 +301,7 @@ class Method:
         title: how the tables call it.
         make: builds its step.
         rates: those that are tried for G and, apart, for D: as many for every method.
+        other_rates: those for D, where they are others than G's.
         about: game, optimizer and source in a line.
         falling_over: builds the step with rates that fall over so many steps; None where they stay as they are.
     """
@@ -271,6 +311,12 @@ class Method:
     rates: tuple[float, ...] = SCALED
     about: str = ""
     falling_over: Callable[[int], Make] | None = None
+    other_rates: tuple[float, ...] = ()
+
+    @property
+    def rates_d(self) -> tuple[float, ...]:
+        """Those that are tried for D."""
+        return self.other_rates or self.rates
 
     def make_over(self, steps: int) -> Make:
         """How its step is built for a run of so many steps."""
@@ -289,11 +335,6 @@ METHODS: dict[str, Method] = {
         gac(),
         about="as GAC, rates that stay as they are",
     ),
-    "adam-metric": Method(
-        "GAC, constant rates, Adam's metric",
-        gac(conjugate(metric="adam")),
-        about="constant rates, metric `adam`: what the metric is worth",
-    ),
     "momentum": Method(
         "GAC, constant rates and momentum",
         gac(conjugate(constant(0.5))),
@@ -306,7 +347,7 @@ METHODS: dict[str, Method] = {
     ),
     "r3gan": Method(
         "R3GAN's recipe",
-        alternating(R3_GAME, adam(0.0, 0.99), adam(0.0, 0.99)),
+        alternating(R3_GAME, adam(0.0, 0.99), adam(0.0, 0.99), frozen=True),
         about="relativistic, R1 + R2 in every step, gamma 1, Adam (0, 0.99) (Huang et al. 2024)",
     ),
     "lookahead": Method(
@@ -328,14 +369,9 @@ METHODS: dict[str, Method] = {
         "conjugate gradient as published",
         alternating(PLAIN_GAME, conjugate("fr", metric="identity"), conjugate("fr", metric="identity")),
         UNSCALED,
-        "Fletcher-Reeves for both networks, identity metric, |beta| at most 0.5, BCE, no penalty (Naganuma & Iiduka "
-        "2023)",
-    ),
-    "heavy-ball": Method(
-        "SGD with momentum",
-        alternating(PLAIN_GAME, heavy_ball, heavy_ball),
-        tuple(rate / 10 for rate in UNSCALED),  # a tenth, for momentum makes steps ten times as long
-        "momentum 0.9, BCE, no penalty",
+        "Fletcher-Reeves, one of the seven published rules, for both networks; identity metric, |beta| at most 0.5, as "
+        "published, and beta over all parameters, with a restart; BCE, no penalty (Naganuma & Iiduka 2023)",
+        other_rates=UNSCALED_D,
     ),
 }
 
@@ -344,11 +380,17 @@ def falling_gac(steps: int) -> Make:
     return gac(falling(conjugate(), LINEAR, steps), falling(adam(0.0, 0.99), LINEAR, steps))
 
 
+def falling_lookahead(steps: int) -> Make:
+    return lookahead(falling_alternating(PLAIN_GAME, adam(0.0, 0.999), steps))
+
+
 FALLING: dict[str, Callable[[int], Make]] = {
     TEXTBOOK: partial(falling_alternating, PLAIN_GAME, adam(0.5, 0.999)),
     "gac": falling_gac,
     "recipe": partial(falling_alternating, OUR_GAME, adam(0.0, 0.99)),
-    "r3gan": partial(falling_alternating, R3_GAME, adam(0.0, 0.99)),
+    "r3gan": r3gan_preset,
+    "lookahead": falling_lookahead,
+    "optimistic": partial(falling_alternating, PLAIN_GAME, optimistic_adam(0.5, 0.9)),
 }
 METHODS |= {
     f"{name}-falling": replace(
@@ -364,4 +406,9 @@ METHODS[OURS] = replace(
     title="GAC",
     about="the defaults: BCE, log D, R1 + R2 every 4th step, `fresh`, rule `none`, metric `kronecker` for G, and rates "
     "that fall linearly to zero over the run",
+)
+METHODS["r3gan-falling"] = replace(
+    METHODS["r3gan-falling"],
+    title="R3GAN's recipe, its schedules",
+    about="gamma .05 to .005, rates to a quarter, beta2 .9 to .99, all by a cosine: its authors' preset for CIFAR-10",
 )

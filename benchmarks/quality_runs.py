@@ -257,7 +257,8 @@ class Bench:
     def measure(self, name: str) -> dict[str, Any]:
         """The grid of a method, and the long runs of its best cell."""
         tuning, steps = self.size.tuning[self.study], self.size.steps[self.study]
-        pairs = list(product(METHODS[name].rates[: self.size.rates], repeat=2))
+        rates_g, rates_d = METHODS[name].rates, METHODS[name].rates_d
+        pairs = list(product(rates_g[: self.size.rates], rates_d[: self.size.rates]))
         common = (self.study, self.folder, name)
         ending = suffix(self.device)
         grid = self.cells.of(

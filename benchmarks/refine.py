@@ -107,7 +107,7 @@ class Contender:
 
 
 STUDIES = {
-    "mnist": Study("MNIST, the default recipe", samples=5_000, batch=256, updates=800),
+    "mnist": Study("MNIST", samples=5_000, batch=256, updates=800),
     "cifar": Study(
         "CIFAR-10 (a copy in JPEG files), small dcgan, short",
         samples=1_000,
@@ -126,8 +126,8 @@ STEP_AND_NOISE = {"rate": (0.01, 0.03, 0.1), "noise": (0.0, 0.01)}
 LANGEVIN = {"rate": (0.003, 0.01, 0.03), "noise": (0.1, 1.0)}
 STEP_AND_PROXIMITY = {"rate": (0.35 / 30, 0.7 / 30, 1 / 30), "proximity": (20.0, 30.0)}
 CONTENDERS = {
-    "default": Contender("conjugate ascent, defaults, untuned", "calibrated", {}),
-    "default-saved": Contender("conjugate ascent, defaults, untuned", "saved", {}),
+    "default": Contender("conjugate ascent, defaults", "calibrated", {}),
+    "default-saved": Contender("conjugate ascent, defaults", "saved", {}),
     "conjugate": Contender("conjugate ascent", "calibrated", {}, STEP_AND_PROXIMITY),
     "gradient": Contender("plain ascent", "calibrated", {"method": "gradient"}, STEP_AND_PROXIMITY),
     **{

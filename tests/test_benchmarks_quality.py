@@ -70,7 +70,7 @@ def report(**methods):
 
 def test_target_time_and_robustness_by_hand():
     found = report(
-        textbook=([10.0, 16.0, None, 40.0], [30.0, 25.0, 50.0]), gac=([9.0, 12.0, 13.0, 14.0], [9.0, 30.0, 10.0])
+        textbook=([10.0, 14.0, None, 40.0], [30.0, 25.0, 50.0]), gac=([9.0, 12.0, 13.0, 14.0], [9.0, 30.0, 10.0])
     )
     assert quality.target_of(found) == 30.0
     steps = [100 + 100 * math.log(100 / 30) / math.log(100 / end) for end in (9.0, 30.0, 10.0)]
@@ -78,7 +78,8 @@ def test_target_time_and_robustness_by_hand():
     assert quality.seconds_to(found, "textbook", 30.0)[2] == math.inf
     assert quality.share_near(found, "gac") == 0.75  # 9, 12 and 13 are within 13.5
     assert quality.share_near(found, "textbook") == 0.25
-    assert quality.grid_ends(found["methods"]["textbook"]) == [10.0, 16.0, 40.0, math.inf]
+    assert quality.share_near(found, "textbook", own=True) == 0.5  # 10 and 14 are within 15
+    assert quality.grid_ends(found["methods"]["textbook"]) == [10.0, 14.0, 40.0, math.inf]
     assert quality.gradients_per_step(found["methods"]["gac"]) == 3.0
 
 
@@ -100,9 +101,9 @@ def test_what_was_trained_on_another_device_is_told():
         "methods": {"textbook": {}, "gac": {"device": "One"}, "recipe": {"device": "Two"}, "r3gan": {"device": "One"}}
     }
     first, second, _ = quality.trained_elsewhere(found)
-    assert first.startswith("Trained on one One, ")
+    assert first.startswith("Trained on one One (`--device cuda`), ")
     assert first.endswith(": GAC, constant rates; R3GAN's recipe.")
-    assert second.startswith("Trained on one Two, ")
+    assert second.startswith("Trained on one Two (`--device cuda`), ")
     assert quality.trained_elsewhere({"methods": {"textbook": {}}}) == []
 
 
@@ -130,7 +131,7 @@ def test_learning_is_the_same_for_the_same_seed_and_tells_where_it_diverged():
     assert [point["frechet"] for point in first["curve"]] == [point["frechet"] for point in again["curve"]]
     assert first["curve"][1]["frechet"] != other["curve"][1]["frechet"]
     assert [point["step"] for point in first["curve"]] == [3, 6]
-    broken = quality_runs.learn("mnist", "digits", METHODS["heavy-ball"].make, (1e30, 1e30), 0, [3, 6], 50)
+    broken = quality_runs.learn("mnist", "digits", METHODS["published"].make, (1e30, 1e30), 0, [3, 6], 50)
     assert broken == {"curve": []}
 
 
@@ -250,11 +251,12 @@ def test_the_penalty_falls_with_the_rates(monkeypatch):
     assert found == [pytest.approx(one) for one in expected]
 
 
-def test_the_penalty_of_the_plain_recipe_falls_as_well():
+def test_the_penalty_of_the_plain_recipe_falls_as_well(monkeypatch):
+    monkeypatch.setattr(coverage_runs, "falling_alternating", lambda game, *_: game)
+    penalised = coverage_runs.penalised({"gamma": 0.8}, 9)
     torch.manual_seed(0)
     discriminator, number = nn.Linear(2, 1), 4  # D is linear: its slope is its weight everywhere
     real, fake = torch.randn(8, 2), torch.randn(8, 2)
-    penalised = coverage_runs.FallingGame(LOSSES["bce"], GradientPenalty(0.8, 0.8), steps=9)
     with_it, without = (
         game.of_discriminator(discriminator, real, fake, number) for game in (penalised, Game(LOSSES["bce"]))
     )

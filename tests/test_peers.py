@@ -1,6 +1,7 @@
 """The methods beside GAC, each against its formula computed in another way."""
 
 import math
+from functools import partial
 from itertools import cycle, repeat
 
 import pytest
@@ -23,7 +24,6 @@ from benchmarks.peers import (
     constant,
     extragradient,
     falling,
-    heavy_ball,
     lookahead,
 )
 from gac_plugin import LOSSES, PENALTIES, ConjugateGradient, GradientPenalty
@@ -247,6 +247,50 @@ def test_r3gan_pairs_samples_and_pays_in_every_step():
     assert_close(trained(METHODS["r3gan"].make), expected, 1e-5)
 
 
+def test_r3gan_s_preset_lets_gamma_and_the_rates_fall_by_a_cosine_while_beta2_rises():
+    def left(number):
+        return 0.5 * (1 + math.cos(math.pi * number / (STEPS - 1)))
+
+    def loss(discriminator, real, fake, number):
+        apart = softplus(discriminator(fake) - discriminator(real)).mean()
+        gamma = 0.005 + 0.045 * left(number)
+        return apart + gamma * (penalty(discriminator, real) + penalty(discriminator, fake))
+
+    def of_generator(discriminator, real, fake):
+        return softplus(discriminator(real) - discriminator(fake)).mean()
+
+    class Preset(torch.optim.Adam):
+        def __init__(self, params, lr):
+            super().__init__(params, lr, betas=(0.0, 0.9))
+            self.first, self.number = lr, 0
+
+        def step(self, closure=None):
+            f = left(self.number)
+            self.param_groups[0].update(
+                lr=self.first / 4 + self.first * 3 / 4 * f, betas=(0.0, 0.9 * f + 0.99 * (1 - f))
+            )
+            self.number += 1
+            return super().step(closure)
+
+    found = trained(METHODS["r3gan-falling"].make_over(STEPS))
+    assert_close(found, by_hand(loss, of_generator, Preset), 1e-5)
+
+
+def test_a_frozen_discriminator_gets_no_gradients_in_the_generator_s_step():
+    """And has those of its own step again in the next."""
+    optimizers = adam(0.5, 0.999), adam(0.5, 0.999)
+    as_usual, frozen = (alternating(PLAIN_GAME, *optimizers, frozen=one) for one in (False, True))
+    assert_close(trained(frozen), trained(as_usual), 0)
+
+    generator, discriminator = networks()
+    norms = []
+    for make in (as_usual, frozen):
+        make(generator, discriminator, 0.0, 0.0)(cycle(real_batches()))
+        norms.append(discriminator[0].weight.grad.norm())
+        assert all(p.requires_grad for p in discriminator.parameters())
+    assert norms[0] != norms[1]
+
+
 def test_conjugate_gradient_as_published():
     """d = g + min(1/2, |g|^2 / |g-|^2) d-, started again where it would not descend."""
 
@@ -284,10 +328,10 @@ def moved(optimizers, gradients):
 
 def test_constant_beta_under_the_identity_is_the_heavy_ball_until_it_would_not_ascend():
     ours = conjugate(constant(0.9), metric="identity", beta_max=1.0)
-    one, other = moved([ours, heavy_ball], [[1.0, 2.0], [0.5, 1.5], [0.4, 1.0]])
+    one, other = moved([ours, partial(torch.optim.SGD, momentum=0.9)], [[1.0, 2.0], [0.5, 1.5], [0.4, 1.0]])
     assert one == pytest.approx(other)
     # the gradient turns: -.5 + .9 goes against it, so the direction starts again
-    one, other = moved([ours, heavy_ball], [[1.0], [-0.5], [1.0]])
+    one, other = moved([ours, partial(torch.optim.SGD, momentum=0.9)], [[1.0], [-0.5], [1.0]])
     assert one == pytest.approx([-0.1 * (1.0 - 0.5 + (1.0 - 0.9 * 0.5))])
     assert other == pytest.approx([-0.1 * (1.0 + 0.4 + 1.36)])
 
@@ -352,13 +396,22 @@ def test_a_rate_follows_its_schedule():
     assert rates == pytest.approx([0.1, 0.075, 0.05, 0.025, 0.0])
 
 
-@pytest.mark.parametrize("name", ["textbook", "gac", "recipe", "r3gan"])
+@pytest.mark.parametrize("name", ["textbook", "gac", "recipe", "lookahead"])
 def test_falling_rates_fall_to_nothing_over_the_run(name):
     """The first step is at the full rate, and the last of all moves nothing."""
     method, usual = METHODS[f"{name}-falling"], METHODS[name]
     assert_close(trained(method.make_over(10), steps=1), trained(usual.make, steps=1), 0)
     assert_close(trained(method.make_over(2), steps=2), trained(usual.make, steps=1), 0)
     assert usual.make_over(2) is usual.make
+
+
+def test_optimistic_adam_takes_back_half_of_its_first_move_at_a_rate_of_nothing():
+    """2 u_1 in the first step, 0 - u_1 in the second."""
+    method, usual = METHODS["optimistic-falling"], METHODS["optimistic"]
+    start, after = (trained(usual.make, steps=steps) for steps in (0, 1))
+    assert_close(trained(method.make_over(10), steps=1), after, 0)
+    middle = [(a + b) / 2 for a, b in zip(start, after, strict=True)]
+    assert_close(trained(method.make_over(2), steps=2), middle)
 
 
 def test_half_way_the_rate_is_half():
@@ -380,5 +433,5 @@ def test_every_method_moves_both_networks_and_has_as_many_cells(name):
     assert all(b.isfinite().all() for b in after)
     weights = [(a, b) for a, b in zip(before, after, strict=True) if a.dim() > 1]  # a shift of l moves no paired loss
     assert all(not torch.equal(a, b) for a, b in weights)
-    assert len(method.rates) == 5
+    assert len(method.rates) == len(method.rates_d) == 5
     assert method.about
