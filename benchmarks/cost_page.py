@@ -59,8 +59,11 @@ NOTES = """## Reading
 
 - `fused` on the residual networks: spectral norm is no obstacle, since it depends on the weights alone. D runs twice a
   step in place of three times, and so does its power iteration.
-- `fused` is a simultaneous step. Its covectors are those of D before its update, which costs quality per step (by the
-  probes a third): the price of a step is not the price of a result.
+- `fused` is a simultaneous step. Its covectors are those of D before its update, which costs quality:
+  1.56 times the distance at equal time ([ABLATION.md](ABLATION.md)). The price of a step is not the price of a result.
+- One-stage training is the cheapest of all: it does the arithmetic of `fused` in one backward pass, and moves both
+  networks at once as `fused` does. PyTorch's DCGAN example, which many start from, costs nine tenths of the textbook
+  loop; against it `fresh` is .96, .94 and .94 on one thread.
 - Where memory exceeds the textbook loop's, it is G's activations, which GAC keeps while D is updated so that the same
   samples can be used again, where the textbook loop makes others.
 - With the penalty every fourth step GAC still carries a quarter of R1 and R2. The goal of half of R3GAN's step lies
@@ -74,9 +77,11 @@ NOTES = """## Reading
 - On the GPU only the MLP was measured in full. Networks that fill it (the large ones of `benchmarks/cost.py`) were not
   yet, and memory was taken with the libraries' own in it, so it is left out. Operations are those of products and
   convolutions alone: the metric's orthogonal bases (QR) are not among them.
-- On a CPU the default metric `kronecker` is not in these tables. In [QUALITY.md](QUALITY.md), where all methods took
-  turns too, it makes a step of GAC with the lazy penalty 1.30 times as long as `adam` does on small perceptrons (10.3
-  and 7.9 ms) and 1.03 times on a small dcgan (42.6 and 41.3 ms).
+- What `gac train` does spends what `fresh` saves, and on small perceptrons a quarter of the step more, on the metric
+  `kronecker` and the penalty. With the penalty the residual networks need twice the textbook loop's memory, for G's
+  activations are kept through it.
+- Two processes: what keeps them from .9 is gloo's all-reduce, which by itself leaves .47 of the perceptrons' pace and
+  .85 of DCGAN's; sharing nothing they reach .96 and .95.
 """
 
 
@@ -271,11 +276,13 @@ def sweeps(found: Mapping[str, list[Report]]) -> str:
 
 
 def processes(found: Report) -> str:
-    names = ("textbook", "fresh", "fused")
+    names = list(next(iter(found.values())))
     lines = [
         "### Two processes\n",
         "One thread each, gloo, each process with the whole batch: a step of one process alone, by a step of the two "
-        "together. Goal 0.9.\n",
+        "together. Goal 0.9. Beside them what the machine gives to two processes that share nothing, and to two that "
+        "exchange as many numbers as there are gradients, by one all-reduce for each network, and are not "
+        "`DistributedDataParallel`.\n",
         "| networks | " + " | ".join(names) + " |",
         "|---|" + "---|" * len(names),
     ]

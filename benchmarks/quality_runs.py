@@ -62,7 +62,7 @@ class Size:
     evaluations: int = 34
     samples: int = 5_000
     rates: int = 5
-    rounds: int = 8
+    rounds: int = 30
 
 
 SIZES = {
@@ -204,7 +204,11 @@ def long_run(
 
 
 def measure_pace(study: str, folder: str, names: Sequence[str], rounds: int) -> dict[str, float]:
-    """CPU seconds of a step of each method: medians over rounds of `TURN` steps, in which the methods take turns."""
+    """CPU seconds of a step of each method, in rounds of `TURN` steps in which the methods take turns.
+
+    The first method's is the median over rounds. The others' are that times the median over rounds of the ratio of the
+    two within a round, since the machine's own pace changes from round to round.
+    """
     known = yardstick(study, folder)
     runs = {
         name: new_run(known, METHODS[name].make, METHODS[name].rates[1], METHODS[name].rates[1], PACE_SEED)
@@ -216,7 +220,11 @@ def measure_pace(study: str, folder: str, names: Sequence[str], rounds: int) -> 
             seconds = sum(run.advance() for _ in range(TURN)) / TURN
             if number:  # the first round warms up
                 taken[name].append(seconds)
-    return {name: statistics.median(values) for name, values in taken.items()}
+    base = taken[names[0]]
+    return {
+        name: statistics.median(base) * statistics.median(a / b for a, b in zip(values, base, strict=True))
+        for name, values in taken.items()
+    }
 
 
 def describe(study: str, folder: str) -> dict[str, Any]:

@@ -6,7 +6,8 @@ Sweeps: DCGAN's networks, one thread, `fresh` and `fused` against the textbook l
 
 Processes: two of them with one thread each, over gloo, each with the whole batch (weak scaling). They take turns within
 each round: the first process alone, with networks of its own, while the other waits; then both, with networks that
-`accelerate` shares. The efficiency is the ratio of the two wall-clock times of one round.
+`accelerate` shares. The efficiency is the ratio of the two wall-clock times of one round. Beside them two bounds: both
+at work with nothing shared, and with one all-reduce of each network's gradients and nothing else.
 
 Eight and 64 GPUs: on paper, from counted operations and bytes, and from rates that are assumed.
 """
@@ -25,7 +26,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import multiprocessing
+from torch import Tensor, distributed, multiprocessing
 
 from benchmarks import cost_page
 from benchmarks.cells import add_out
@@ -54,6 +55,7 @@ SWEEPS = {
     "width": [replace(BASE, width=width) for width in (8, 16, 32, 64)],
 }
 NAMES = ("textbook", "fresh", "fused")
+APART, EXCHANGED = "`fresh`, nothing shared", "`fresh`, all-reduces alone"
 SHARED = {
     "mlp": replace(CASES["mlp"], rounds=60),
     "dcgan": replace(CASES["dcgan"], rounds=12),
@@ -99,32 +101,47 @@ def share(name: str, game: Game, accelerator: Accelerator) -> Step:
     return CONTENDERS[name](Game(*prepared, game.latent))
 
 
+def exchanging(step: Step, game: Game) -> Step:
+    """A step of its own networks, then one all-reduce for each of as many numbers as it has gradients."""
+    sizes = (sum(p.numel() for p in network.parameters()) for network in (game.discriminator, game.generator))
+    gradients = [torch.zeros(size) for size in sizes]
+
+    def both(real: Tensor) -> None:
+        step(real)
+        for one in gradients:
+            distributed.all_reduce(one)
+
+    return both
+
+
 def weak_scaling(rank: int, port: int, folder: str, rounds: int | None) -> None:
     """One of two processes; the first one writes the efficiencies of all cases and contenders."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
     accelerator = Accelerator(cpu=True)
     assert accelerator.num_processes == 2
+    torch.set_num_threads(1)  # after accelerate, which sets as many as there are cores
     found: Report = {}
     for case in SHARED.values():
         batches = make_batches(case, case.turn)
         alone = {name: CONTENDERS[name](make_game(case)) for name in NAMES}
-        both = {name: share(name, make_game(case), accelerator) for name in NAMES}
-        shares: dict[str, list[float]] = {name: [] for name in NAMES}
+        pairs = {name: (alone[name], share(name, make_game(case), accelerator)) for name in NAMES}
+        fresh = alone["fresh"]
+        pairs |= {APART: (fresh, fresh), EXCHANGED: (fresh, exchanging(fresh, make_game(case)))}
+        shares: dict[str, list[float]] = {name: [] for name in pairs}
         for number in range((rounds or case.rounds) + WARM):
-            for name in NAMES:
+            for name, (by_itself, together) in pairs.items():
                 accelerator.wait_for_everyone()
                 began = time.perf_counter()
                 if rank == 0:
-                    run(alone[name], batches)
+                    run(by_itself, batches)
                 middle = time.perf_counter()
                 accelerator.wait_for_everyone()
                 resumed = time.perf_counter()
-                run(both[name], batches)
+                run(together, batches)
                 if number >= WARM:
                     shares[name].append((middle - began) / (time.perf_counter() - resumed))
-        found[case.title] = {name: statistics.quantiles(shares[name], n=4) for name in NAMES}
+        found[case.title] = {name: statistics.quantiles(ratios, n=4) for name, ratios in shares.items()}
     if rank == 0:
         (Path(folder) / "found.json").write_text(json.dumps(found))
     accelerator.end_training()

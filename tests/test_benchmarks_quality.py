@@ -101,9 +101,9 @@ def test_what_was_trained_on_another_device_is_told():
         "methods": {"textbook": {}, "gac": {"device": "One"}, "recipe": {"device": "Two"}, "r3gan": {"device": "One"}}
     }
     first, second, _ = quality.trained_elsewhere(found)
-    assert first.startswith("Trained on one One (`--device cuda`), ")
+    assert first.startswith("Trained with `--device cuda` on one One, ")
     assert first.endswith(": GAC, constant rates; R3GAN's recipe.")
-    assert second.startswith("Trained on one Two (`--device cuda`), ")
+    assert second.startswith("Trained with `--device cuda` on one Two, ")
     assert quality.trained_elsewhere({"methods": {"textbook": {}}}) == []
 
 
