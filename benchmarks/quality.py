@@ -340,6 +340,18 @@ def methods_of(earlier: Mapping[str, Any], now: Mapping[str, Any], tuning: int, 
     return {name: one for name, one in methods.items() if (one["tuning steps"], one["steps"]) == (tuning, steps)}
 
 
+def without_seconds(method: Mapping[str, Any]) -> dict[str, Any]:
+    """For the file of results: what a run took is left out, since time is steps times the pace."""
+    runs = [
+        {
+            **run,
+            "curve": [{what: value for what, value in point.items() if what != "seconds"} for point in run["curve"]],
+        }
+        for run in method["runs"]
+    ]
+    return {**method, "runs": runs}
+
+
 def main() -> None:
     parser = new_parser(__doc__, 5, SIZES)
     parser.add_argument("mnist", metavar="MNIST_FOLDER", help="MNIST in Hub layout")
@@ -369,7 +381,7 @@ def main() -> None:
             known = methods_of(studies.get(study, report), report, size.tuning[study], size.steps[study])
             needed = [name for name in (TEXTBOOK, OURS) if name not in known]
             for name in dict.fromkeys((*needed, *arguments.methods)):
-                known[name] = bench.measure(name)
+                known[name] = without_seconds(bench.measure(name))
                 report["methods"] = {one: known[one] for one in METHODS if one in known}
                 if OURS in known:
                     studies[study] = report

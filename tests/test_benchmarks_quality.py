@@ -96,6 +96,14 @@ def test_methods_measured_before_stay_under_the_same_conditions_alone():
         assert quality.methods_of(before, {**before, what: value}, 2, 4) == {}, what
 
 
+def test_what_a_run_took_is_not_kept():
+    method = {"best": (1, 2), "runs": [{"curve": [{"step": 2, "seconds": 0.5, "frechet": 3.0}], "recall": 0.5}]}
+    assert quality.without_seconds(method) == {
+        "best": (1, 2),
+        "runs": [{"curve": [{"step": 2, "frechet": 3.0}], "recall": 0.5}],
+    }
+
+
 def test_what_was_trained_on_another_device_is_told():
     found = {
         "methods": {"textbook": {}, "gac": {"device": "One"}, "recipe": {"device": "Two"}, "r3gan": {"device": "One"}}
