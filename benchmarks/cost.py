@@ -342,9 +342,12 @@ def main() -> None:
     found = report.setdefault(f"{arguments.device}, {arguments.dtype}", {})
     found["machine"] = machine(arguments.device)
     cases, place = cases_on(arguments.device), (arguments.device, dtype)
+    if arguments.only and arguments.only not in cases:
+        parser.error(f"{arguments.only!r} is measured on accelerators alone; on the CPU there are {', '.join(cases)}")
     if arguments.default:
-        found["default"] = [measure_default(cases[name], *place, arguments.rounds) for name in CASES]
-        save(report, arguments.out)
+        for name in [arguments.only] if arguments.only else CASES:
+            found.setdefault("default", {})[name] = measure_default(cases[name], *place, arguments.rounds)
+            save(report, arguments.out)
         return
     if arguments.compile:
         found["compiled"] = measure_compiled(cases["mlp"], *place, arguments.rounds or cases["mlp"].rounds)
@@ -356,8 +359,6 @@ def main() -> None:
         ]
         save(report, arguments.out)
         return
-    if arguments.only and arguments.only not in cases:
-        parser.error(f"{arguments.only!r} is measured on accelerators alone; on the CPU there are {', '.join(cases)}")
     for name in [arguments.only] if arguments.only else cases:
         case = cases[name]
         rounds = arguments.rounds or case.rounds

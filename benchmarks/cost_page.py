@@ -1,7 +1,7 @@
 """The page and the plots that `cost.py` and `scale.py` make of their figures."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +123,7 @@ def page(report: Report, scale: Report) -> str:
             parts.append(goals(cases))
         parts += [table(case) for case in cases.values()]
         if "default" in found:
-            parts.append(default(found["default"]))
+            parts.append(default(found["default"].values()))
         if "compiled" in found:
             parts.append(compiled(found["compiled"]))
         if "captured" in found:
@@ -186,7 +186,7 @@ def quartiles(values: tuple[float, float, float]) -> str:
     return f"{middle:.3f} ({low:.3f} to {high:.3f})"
 
 
-def default(found: Sequence[Report]) -> str:
+def default(found: Iterable[Report]) -> str:
     """A row for each contender of each case."""
     lines = [
         "### What `gac train` does\n",

@@ -59,6 +59,7 @@ SCRIPTS = (
         ("--only", "mlp", "--rounds", "2", "--threads", "1", "--out", OUT),
         ("results/cost.json", "COST.md", "plots/cost-cpu-float32.png"),
     ),
+    Script("cost", ("--default", "--only", "mlp", "--rounds", "2", "--out", OUT), ("results/cost.json", "COST.md")),
     Script("games", ("--out", OUT), ("results/games.json",)),
     Script("diagnostics", ("--rounds", "1"), ()),
 )
