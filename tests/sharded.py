@@ -20,7 +20,7 @@ from torch.distributed.fsdp import fully_shard
 from gac_plugin import GAC, METRICS, ConjugateGradient, GradientPenalty
 from gac_plugin.training.processes import leave
 
-STEPS, BATCH, LATENT, SHAPE = 20, 8, 3, (1, 2, 3)
+STEPS, BATCH, LATENT, SHAPE = 14, 8, 3, (1, 2, 3)
 SPOILED = {7: float("nan"), 12: float("inf")}
 """At these steps the last real sample, which the last process gets, is not finite."""
 

@@ -18,7 +18,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 from gac_plugin import BETAS, GAC, ConjugateGradient, GradientPenalty
 from gac_plugin.training.processes import leave
 
-STEPS, BATCH, LATENT, SIZE = 50, 16, 3, 4
+STEPS, BATCH, LATENT, SIZE = 30, 16, 3, 4
 SPOILED = {10: float("nan"), 20: float("inf")}
 """At these steps the last real sample, which the last process gets, is not finite."""
 
