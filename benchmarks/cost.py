@@ -325,7 +325,7 @@ def main() -> None:
         "--rounds",
         type=int,
         metavar="N",
-        help="rounds that count (default: on a CPU 100 of the MLP, else 12; on accelerators 5)",
+        help="rounds that count (default: on a CPU 100 of the MLP, else 12; on accelerators 5; half for --default)",
     )
     add_device(parser)
     parser.add_argument("--dtype", default="float32", help="of networks and samples, for example bfloat16")

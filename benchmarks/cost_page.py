@@ -77,9 +77,9 @@ NOTES = """## Reading
 - On the GPU only the MLP was measured in full. Networks that fill it (the large ones of `benchmarks/cost.py`) were not
   yet, and memory was taken with the libraries' own in it, so it is left out. Operations are those of products and
   convolutions alone: the metric's orthogonal bases (QR) are not among them.
-- What `gac train` does spends what `fresh` saves, and on small perceptrons a quarter of the step more, on the metric
-  `kronecker` and the penalty. With the penalty the residual networks need twice the textbook loop's memory, for G's
-  activations are kept through it.
+- What `gac train` does spends what `fresh` saves, and on small perceptrons a third of the textbook loop's step more, on
+  the metric `kronecker` and the penalty. With the penalty the residual networks need twice the textbook loop's memory,
+  for G's activations are kept through it.
 - Two processes: what keeps them from .9 is gloo's all-reduce, which by itself leaves .47 of the perceptrons' pace and
   .85 of DCGAN's; sharing nothing they reach .96 and .95.
 """

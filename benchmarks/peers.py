@@ -8,6 +8,7 @@ gradient g, the sign of descent included.
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
 from gac_plugin import GAC, LOSSES, BetaRule, ConjugateGradient, GradientPenalty, Loss
+from gac_plugin.cotangent import frozen
 from gac_plugin.penalties import logit_gradient
 from gac_plugin.training.schedules import Schedule
 
@@ -69,12 +71,12 @@ def latents(generator: nn.Module, real: Tensor) -> Tensor:
 # ---- ways to move
 
 
-def alternating(game: Game, optimizer_g: MakeOptimizer, optimizer_d: MakeOptimizer, frozen: bool = False) -> Make:
+def alternating(game: Game, optimizer_g: MakeOptimizer, optimizer_d: MakeOptimizer, freeze: bool = False) -> Make:
     """The textbook loop: D on one draw, then G on another.
 
     Args:
         game, optimizer_g, optimizer_d: what moves, and how.
-        frozen: D's parameters get no gradients in G's step, in which the textbook computes them and throws them away.
+        freeze: D's parameters get no gradients in G's step, in which the textbook computes them and throws them away.
     """
 
     def make(generator: nn.Module, discriminator: nn.Module, lr_g: float, lr_d: float) -> Step:
@@ -85,9 +87,8 @@ def alternating(game: Game, optimizer_g: MakeOptimizer, optimizer_d: MakeOptimiz
             real = next(batches)
             fake = generator(latents(generator, real)).detach()
             descend(of_d, game.of_discriminator(discriminator, real, fake, next(numbers)))
-            discriminator.requires_grad_(not frozen)
-            descend(of_g, game.of_generator(discriminator, real, generator(latents(generator, real))))
-            discriminator.requires_grad_(True)
+            with frozen(discriminator) if freeze else nullcontext():
+                descend(of_g, game.of_generator(discriminator, real, generator(latents(generator, real))))
 
         return step
 
@@ -280,7 +281,7 @@ def r3gan_preset(steps: int) -> Make:
     penalty = GradientPenalty(r1=0.05, r2=0.05, interval=1)
     game = Game(LOSSES["relativistic"], penalty, lambda number: 0.1 + 0.9 * fall.factor(number + 1, steps))
     optimizer = changing(adam(0.0, 0.9), settings)
-    return alternating(game, optimizer, optimizer, frozen=True)
+    return alternating(game, optimizer, optimizer, freeze=True)
 
 
 # ---- the table
@@ -347,7 +348,7 @@ METHODS: dict[str, Method] = {
     ),
     "r3gan": Method(
         "R3GAN's recipe",
-        alternating(R3_GAME, adam(0.0, 0.99), adam(0.0, 0.99), frozen=True),
+        alternating(R3_GAME, adam(0.0, 0.99), adam(0.0, 0.99), freeze=True),
         about="relativistic, R1 + R2 in every step, gamma 1, Adam (0, 0.99) (Huang et al. 2024)",
     ),
     "lookahead": Method(

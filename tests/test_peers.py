@@ -279,7 +279,7 @@ def test_r3gan_s_preset_lets_gamma_and_the_rates_fall_by_a_cosine_while_beta2_ri
 def test_a_frozen_discriminator_gets_no_gradients_in_the_generator_s_step():
     """And has those of its own step again in the next."""
     optimizers = adam(0.5, 0.999), adam(0.5, 0.999)
-    as_usual, frozen = (alternating(PLAIN_GAME, *optimizers, frozen=one) for one in (False, True))
+    as_usual, frozen = (alternating(PLAIN_GAME, *optimizers, freeze=one) for one in (False, True))
     assert_close(trained(frozen), trained(as_usual), 0)
 
     generator, discriminator = networks()
